@@ -1,0 +1,198 @@
+"""Which implementation of an op runs: the choice, its reasons, and how a user overrides it.
+
+The first that applies decides: the ``backend=`` argument of the call, an enclosing ``with fastgan.backend(name)``, the
+environment variable ``FASTGAN_BACKEND`` (read once, at import), and last the default order of :data:`DEFAULT_ORDER`. A backend
+answers ``can_run(...) -> None | reason`` from shapes, dtypes and device alone. An explicit choice that cannot run raises with
+the reason; the automatic choice takes the next backend and logs that once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastgan import _native
+
+logger = logging.getLogger("fastgan")
+
+NAMES = ("reference", "cpp", "triton", "cuda")
+DEFAULT_ORDER = ("cuda", "triton", "cpp", "reference")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: backend must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_from_environment = os.environ.get("FASTGAN_BACKEND") or None
+if _from_environment is not None:
+    _checked(_from_environment, "FASTGAN_BACKEND")
+
+
+class _Local(threading.local):
+    override: str | None = None
+    recording: bool = False
+
+
+_local = _Local()
+_logged: set[tuple[str, str, str]] = set()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Make every fastgan op inside the ``with`` block of this thread run on ``name``.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: for another name; and from the op itself, with the reason, if the backend cannot run what it is given.
+    """
+    previous, _local.override = _local.override, _checked(name, "fastgan.backend")
+    try:
+        yield
+    finally:
+        _local.override = previous
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which backend an op call uses and why; ``print`` it."""
+
+    op: str
+    backend: str
+    chosen_by: str
+    reasons: Mapping[str, str | None]  # backend -> why it cannot run, None if it can; a missing backend has no such kernel
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} runs on {self.backend} ({self.chosen_by})"]
+        for name in DEFAULT_ORDER:
+            if name not in self.reasons:
+                state = "has no kernel for this op"
+            else:
+                reason = self.reasons[name]
+                state = "can run" if reason is None else f"cannot run: {reason}"
+            lines.append(f"  {name:<10}{state}")
+        return "\n".join(lines)
+
+
+class _Recorded(Exception):
+    def __init__(self, decision: Decision) -> None:
+        super().__init__(str(decision))
+        self.decision = decision
+
+
+def choose(
+    op: str, argument: str | None, can_run: Mapping[str, Callable[..., str | None]], /, *args: Any, **facts: Any
+) -> str:
+    """Resolve the backend of one call of ``op``.
+
+    Args:
+        op: the op's public name, for messages.
+        argument: the call's own ``backend=``, or None.
+        can_run: backend name -> predicate; it is called with ``*args, **facts`` and returns None or a reason.
+
+    Returns:
+        The backend's name.
+
+    Raises:
+        ValueError: unknown name, or an explicit choice that cannot run.
+    """
+    explicit, chosen_by = None, "default order"
+    if argument is not None:
+        explicit, chosen_by = _checked(argument, op), "backend= argument"
+    elif _local.override is not None:
+        explicit, chosen_by = _local.override, "fastgan.backend"
+    elif _from_environment is not None:
+        explicit, chosen_by = _from_environment, "FASTGAN_BACKEND"
+
+    if _local.recording:
+        reasons = {name: predicate(*args, **facts) for name, predicate in can_run.items()}
+        name = explicit or next(name for name in DEFAULT_ORDER if name in reasons and reasons[name] is None)
+        raise _Recorded(Decision(op, name, chosen_by, reasons))
+    if explicit is not None:
+        reason = can_run[explicit](*args, **facts) if explicit in can_run else "it has no kernel for this op"
+        if reason is not None:
+            raise ValueError(f"{op}: backend {explicit!r} (chosen by {chosen_by}) cannot run this call: {reason}")
+        return explicit
+    return _first_that_can(op, can_run, *args, **facts)
+
+
+def _first_that_can(op: str, can_run: Mapping[str, Callable[..., str | None]], *args: Any, **facts: Any) -> str:
+    for name in DEFAULT_ORDER:
+        if name not in can_run:
+            continue
+        reason = can_run[name](*args, **facts)
+        if reason is None:
+            return name
+        _log_once(op, name, reason)
+    raise RuntimeError(f"{op}: no backend can run this call; the reference backend must always be able to")
+
+
+def _log_once(op: str, name: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or (op, name, reason) in _logged:
+        return
+    _logged.add((op, name, reason))
+    logger.info("%s: %s cannot run (%s); trying the next backend", op, name, reason)
+
+
+def always(*args: Any, **facts: Any) -> None:
+    """The reference backend's ``can_run``: plain torch runs everywhere."""
+    return None
+
+
+def cpp_can_run(device: torch.device, dtype: torch.dtype, **facts: Any) -> str | None:
+    """The C++ backend's common conditions: its library is loaded, the tensors are on the CPU, a floating dtype it knows."""
+    if device.type != "cpu":
+        return f"it runs on cpu tensors, got {device.type}"
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"it takes float32, float64, bfloat16 and float16, got {dtype}"
+    return _native.unavailable("cpp")
+
+
+def available() -> dict[str, str | None]:
+    """Backend name -> None if it can be used on this machine, else the reason why not."""
+    gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
+    no_kernels = "this version of fastgan has no kernels for it yet"
+    return {
+        "reference": None,
+        "cpp": _native.unavailable("cpp"),
+        "triton": gpu or no_kernels,
+        "cuda": gpu or _native.unavailable("cuda") or no_kernels,
+    }
+
+
+def explain(op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Decision:
+    """Say which backend ``op(*args, **kwargs)`` would run on, and why the others would not; nothing is computed.
+
+    Args:
+        op: a function of :mod:`fastgan.ops`, or its name.
+        *args, **kwargs: the call's own arguments, checked as in a call.
+
+    Returns:
+        A :class:`Decision`; printing it gives one line per backend.
+
+    Raises:
+        ValueError: if there is no such op, or the arguments are wrong.
+    """
+    from fastgan import ops
+
+    function = getattr(ops, op, None) if isinstance(op, str) else op
+    if function is None or not callable(function):
+        raise ValueError(f"explain: op must be one of fastgan.ops, got {op!r}")
+    _local.recording = True
+    try:
+        function(*args, **kwargs)
+    except _Recorded as recorded:
+        return recorded.decision
+    finally:
+        _local.recording = False
+    raise ValueError(f"explain: {op!r} is not a fastgan op")
