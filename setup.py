@@ -30,7 +30,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
@@ -276,6 +277,11 @@ class BuildNative(build_ext):
 class BuildPython(build_py):
     """Writes the build information also where nothing is compiled, so that doctor can say why."""
 
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Without fastgan/kernels.py: in an installed package fastgan/kernels/ is there itself."""
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[:2] != ("fastgan", "kernels")]
+
     def run(self) -> None:
         super().run()
         if not self.distribution.has_ext_modules():
@@ -283,6 +289,13 @@ class BuildPython(build_py):
             report_config()
             remove_stale_libraries(folder, keep=[])
             write_build_info(folder)
+
+
+class PlatformWheel(bdist_wheel):
+    """Nothing in the libraries links to Python, so a wheel serves every Python 3 on one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
 
 
 def run_printed(command: list[str]) -> None:
@@ -346,7 +359,7 @@ if __name__ == "__main__":
         libraries.append(NativeLibrary("libfastgan_cuda", "csrc/cuda", ".cu"))
     setup(
         ext_modules=libraries,
-        cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-        # Nothing in the libraries links to Python, so a wheel serves every Python 3 on one platform.
-        options={"bdist_wheel": {"py_limited_api": False}},
+        packages=[*find_packages(include=["fastgan", "fastgan.*"]), "fastgan.kernels"],
+        package_dir={"fastgan.kernels": "kernels"},
+        cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildNative, "build_py": BuildPython},
     )

@@ -6,10 +6,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 
 namespace fastgan {
 namespace {
@@ -32,9 +32,7 @@ __global__ void probe_kernel(
 }
 
 Tensor probe(const Tensor& x) {
-  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) {
-    throw std::runtime_error("_probe: x must be contiguous float32");
-  }
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "_probe: x must be contiguous float32");
   Tensor y = torch::stable::empty_like(x);
   const int64_t numel = x.numel();
   // A grid of zero blocks is a launch error.
