@@ -25,6 +25,9 @@ logger = logging.getLogger("fastgan")
 NAMES = ("reference", "cpp", "triton", "cuda")
 DEFAULT_ORDER = ("cuda", "triton", "cpp", "reference")
 
+# Loaded here, once: a call through functools.cache on every op would cost time and stop torch.compile's tracing.
+_LIBRARIES = _native.load()
+
 
 def _checked(name: str, source: str) -> str:
     if name not in NAMES:
@@ -155,7 +158,7 @@ def cpp_can_run(device: torch.device, dtype: torch.dtype, **facts: Any) -> str |
         return f"it runs on cpu tensors, got {device.type}"
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it takes float32, float64, bfloat16 and float16, got {dtype}"
-    return _native.unavailable("cpp")
+    return _LIBRARIES["cpu"].reason
 
 
 def available() -> dict[str, str | None]:
@@ -164,9 +167,9 @@ def available() -> dict[str, str | None]:
     no_kernels = "this version of fastgan has no kernels for it yet"
     return {
         "reference": None,
-        "cpp": _native.unavailable("cpp"),
+        "cpp": _LIBRARIES["cpu"].reason,
         "triton": gpu or no_kernels,
-        "cuda": gpu or _native.unavailable("cuda") or no_kernels,
+        "cuda": gpu or _LIBRARIES["cuda"].reason or no_kernels,
     }
 
 
