@@ -185,8 +185,8 @@ def compile_flags(config: BuildConfig, torch_paths: TorchPaths) -> dict[str, lis
     shared += ["-O1", "-g", "-DFASTGAN_DEBUG_BUILD"] if config.debug else ["-O3", "-DNDEBUG"]
     includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_paths.include)]
     host = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
-    # Contraction to fused multiply-adds, no errno and no trapping comparisons are what lets loops with exp vectorise; none of
-    # them changes what happens to NaN or infinity.
+    # Contraction to fused multiply-adds, no errno and no trapping comparisons are what lets loops with exp vectorise;
+    # none of them changes what happens to NaN or infinity.
     vector = ["-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     cpp = [*host, *vector, *(["-D_GLIBCXX_ASSERTIONS"] if config.debug else [])]
     flags = {".cpp": [*shared, *includes, *cpp]}

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, once, at import, and knows why a library is not loaded.
+"""Loads the compiled kernels and knows why a library is not loaded.
 
 The libraries only add kernels to ops whose schemas Python defines, so the package works without any of them. They
 use the LibTorch stable ABI: one that was built against torch 2.14 runs on every torch 2.x from its target on.
@@ -10,13 +10,16 @@ import ctypes
 import json
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _HERE = Path(__file__).resolve().parent
-_LIBRARIES = {"cpp": "libfastgan_cpu.so", "cuda": "libfastgan_cuda.so"}
+
+# Library -> (file, the entry of the build information that says why it was left out).
+_LIBRARIES = {"cpu": ("libfastgan_cpu.so", "cpp_reason"), "cuda": ("libfastgan_cuda.so", "cuda_reason")}
 
 # Kept for the life of the process: torch forgets an op's schema together with the Library that defined it.
 _SCHEMAS = torch.library.Library("fastgan", "FRAGMENT")
@@ -56,15 +59,16 @@ def load_library(name: str, folder: Path, info: dict[str, Any] | None) -> Librar
     """Load one library from ``folder`` if it was built and fits; a misfit warns and names both torch versions.
 
     Args:
-        name: the backend that the library serves, "cpp" or "cuda".
+        name: the device that the library serves, "cpu" or "cuda".
         folder: where the libraries are.
         info: what their build stored, from :func:`read_build_info`.
     """
-    path = folder / _LIBRARIES[name]
+    file_name, reason_key = _LIBRARIES[name]
+    path = folder / file_name
     if info is None:
         return LibraryStatus(path, "not built")
-    if info[f"{name}_reason"] is not None:
-        return LibraryStatus(path, f"not built: {info[f'{name}_reason']}")
+    if info[reason_key] is not None:
+        return LibraryStatus(path, f"not built: {info[reason_key]}")
     if name == "cuda" and torch.version.cuda is None:
         return LibraryStatus(path, f"torch {torch.__version__} is built without CUDA")
     reason = misfit(info, torch.__version__)
@@ -83,25 +87,15 @@ def load_library(name: str, folder: Path, info: dict[str, Any] | None) -> Librar
     return LibraryStatus(path, reason)
 
 
-_info = read_build_info()
-_status = {name: load_library(name, _HERE, _info) for name in _LIBRARIES}
-# torch.compile traces the choice of a backend, so what that reads is plain strings.
-_reasons = {name: status.reason for name, status in _status.items()}
+@cache
+def load() -> dict[str, LibraryStatus]:
+    """Load the libraries that were built and fit, once per process; nothing is ever compiled here.
 
-
-def build_info() -> dict[str, Any] | None:
-    """What the build of the installed package stored; None for a checkout never built."""
-    return _info
-
-
-def status() -> dict[str, LibraryStatus]:
-    """The libraries by backend ("cpp", "cuda"), each with the reason why it is not loaded."""
-    return _status
-
-
-def unavailable(backend: str) -> str | None:
-    """Why the compiled library of ``backend`` ("cpp" or "cuda") is not loaded; None when it is."""
-    return _reasons[backend]
+    Returns:
+        Each library by the device that it serves ("cpu", "cuda"), with the reason why it is not loaded.
+    """
+    info = read_build_info()
+    return {name: load_library(name, _HERE, info) for name in _LIBRARIES}
 
 
 def simd_level() -> str:
@@ -110,9 +104,10 @@ def simd_level() -> str:
     Raises:
         RuntimeError: the CPU library is not loaded.
     """
-    if _reasons["cpp"] is not None:
-        raise RuntimeError(f"the CPU library is not loaded: {_reasons['cpp']}")
-    function = ctypes.CDLL(str(_status["cpp"].path)).fastgan_simd_level
+    library = load()["cpu"]
+    if library.reason is not None:
+        raise RuntimeError(f"the CPU library is not loaded: {library.reason}")
+    function = ctypes.CDLL(str(library.path)).fastgan_simd_level
     function.restype = ctypes.c_char_p
     return function().decode()
 
@@ -124,6 +119,7 @@ def probe(device: torch.device | str) -> bool:
         NotImplementedError: no compiled library serves this device.
         RuntimeError: the kernel could not run there, with the driver's own words.
     """
+    load()
     # Longer than one grain of the CPU's threads and than one block of a GPU, and a multiple of neither.
     x = torch.linspace(-1.0, 1.0, 40_009, device=device)
     return torch.equal(torch.ops.fastgan._probe(x), x + torch.arange(x.numel(), device=device))

@@ -25,6 +25,9 @@ EXTRAS = {
     "report": ("matplotlib", "jinja2"),
 }
 
+# Backend -> the compiled library that holds its kernels.
+_LIBRARY_OF = {"cpp": "cpu", "cuda": "cuda"}
+
 _REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -48,7 +51,7 @@ def cpu_model() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of what runs, and of what compiled the native libraries (None where that is absent)."""
-    info = _native.build_info() or {}
+    info = _native.read_build_info() or {}
     return {
         "fastgan": fastgan.__version__,
         "python": platform.python_version(),
@@ -73,7 +76,7 @@ def devices() -> dict[str, Any]:
         "usable cores": usable,
         "torch threads": torch.get_num_threads(),
         "simd of torch": torch.backends.cpu.get_cpu_capability(),
-        "simd of fastgan": None if _native.unavailable("cpp") else _native.simd_level(),
+        "simd of fastgan": _native.simd_level() if _native.load()["cpu"].reason is None else None,
     }
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -89,10 +92,9 @@ def devices() -> dict[str, Any]:
     return {"cpu": cpu, "gpus": gpus}
 
 
-def probe_outcome(backend: str) -> str | None:
-    """What came of running the smallest kernel of a compiled backend: "right", what went wrong, or None if it cannot run."""
-    device = "cpu" if backend == "cpp" else "cuda"
-    if _native.unavailable(backend) is not None or (device == "cuda" and not torch.cuda.is_available()):
+def probe_outcome(device: str) -> str | None:
+    """What came of running the smallest kernel of a library: "right", what went wrong, or None if it cannot run."""
+    if _native.load()[device].reason is not None or (device == "cuda" and not torch.cuda.is_available()):
         return None
     try:
         return "right" if _native.probe(device) else "the probe kernel computed wrong numbers"
@@ -101,7 +103,7 @@ def probe_outcome(backend: str) -> str | None:
 
 
 def library_report() -> dict[str, dict[str, Any]]:
-    """Each compiled library by backend: its path, whether it is loaded or why not, and what its probe kernel did."""
+    """Each compiled library by device: its path, whether it is loaded or why not, and what its probe kernel did."""
     return {
         name: {
             "path": str(library.path),
@@ -109,7 +111,7 @@ def library_report() -> dict[str, dict[str, Any]]:
             "reason": library.reason,
             "probe": probe_outcome(name),
         }
-        for name, library in _native.status().items()
+        for name, library in _native.load().items()
     }
 
 
@@ -123,7 +125,7 @@ def rebuild_command(name: str) -> str:
 
 def remedy(name: str) -> str:
     """What a person can do to make backend ``name`` available; called only where it is not."""
-    info = _native.build_info()
+    info = _native.read_build_info()
     if name in ("triton", "cuda"):
         if torch.version.cuda is None:
             return "install a CUDA build of torch, on a machine with an NVIDIA GPU"
@@ -137,7 +139,7 @@ def remedy(name: str) -> str:
         return f"install g++ (or set CXX), then FASTGAN_BUILD_CPP=1 {_REINSTALL}"
     if name == "cuda" and not info["build_cuda"]:
         return f"install the CUDA toolkit (or set CUDA_HOME), then FASTGAN_BUILD_CUDA=1 {_REINSTALL}"
-    if _native.unavailable(name) is not None:
+    if _native.load()[_LIBRARY_OF[name]].reason is not None:
         return rebuild_command(name)
     return "use a later version of fastgan"
 
@@ -150,7 +152,7 @@ def backend_report(libraries: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     """
     report = {}
     for name, reason in backends.available().items():
-        probe = libraries[name]["probe"] if name in libraries else None
+        probe = libraries[_LIBRARY_OF[name]]["probe"] if name in _LIBRARY_OF else None
         if probe not in (None, "right"):
             report[name] = {"available": False, "reason": probe, "remedy": rebuild_command(name)}
         elif reason is not None:
@@ -170,7 +172,7 @@ def examine() -> dict[str, Any]:
         "libraries": libraries,
         "extras": {extra: {name: distribution_version(name) for name in names} for extra, names in EXTRAS.items()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTGAN_")},
-        "build": _native.build_info(),
+        "build": _native.read_build_info(),
     }
 
 
