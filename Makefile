@@ -24,7 +24,8 @@ setup: $(STAMP)
 $(STAMP): setup.py pyproject.toml $(CXX_SOURCES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(BIN)/pip install "torch>=2.10" "setuptools>=77" ninja
-	$(BIN)/pip install --verbose --no-build-isolation -e ".[train,report,test,dev]" > $(VENV)/install.log || { tail -n 60 $(VENV)/install.log >&2; exit 1; }
+	@echo "Building and installing fastgan (log: $(VENV)/install.log)"
+	@$(BIN)/pip install --verbose --no-build-isolation -e ".[train,report,test,dev]" > $(VENV)/install.log || { tail -n 60 $(VENV)/install.log >&2; exit 1; }
 	@sed -n '/fastgan build configuration/,/flags/p' $(VENV)/install.log
 	touch $@
 

@@ -25,6 +25,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -247,7 +248,8 @@ class BuildNative(build_ext):
         command = [compiler, *(["-ccbin", CONFIG.cxx] if ext.suffix == ".cu" else []), *CONFIG.flags[ext.suffix]]
         objects = {work / (Path(source).name + ".o"): ROOT / source for source in ext.sources}
         jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
-        ninja = shutil.which("ninja")
+        # Beside the interpreter too: make and pip run a virtual environment that nobody activated.
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
         if ninja:
             write_ninja_file(work, command, self.link_command(ext), objects, output)
             subprocess.run([ninja, "-C", str(work), f"-j{jobs}"], check=True)
