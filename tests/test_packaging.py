@@ -133,7 +133,7 @@ def test_sdist_holds_every_source_and_nothing_built(checkout: Path) -> None:
 
 
 def third_party_imports() -> set[str]:
-    """Top-level names that fastgan/ and kernels/ import, at import or on first use, from outside the standard library."""
+    """Top-level names outside the standard library that fastgan/ and kernels/ import, at import or on first use."""
     found = set()
     for path in [*(ROOT / "fastgan").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
