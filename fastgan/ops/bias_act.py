@@ -29,7 +29,7 @@ def bias_act(
     format.
 
     Args:
-        x: [..., C, ...], floating point, C at ``dim``. Only dimension 0 may be empty.
+        x: [..., C, ...], floating point, C at ``dim`` if there is a bias. Only dimension 0 may be empty.
         b: [C], any floating dtype; None for none.
         dim: the dimension of ``x`` that ``b`` runs along; may be negative.
         act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.
@@ -47,17 +47,17 @@ def bias_act(
 
     Gradients: any order, for ``x`` and ``b``.
 
-    Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, section 2 (lrelu 0.2, gain
-        √2).
+    Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, section 2 (lrelu 0.2,
+    gain √2).
     """
     op = "bias_act"
     _check.tensor(op, "x", x)
-    if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"{op}: dim must be within {-x.ndim} .. {x.ndim - 1} for x {list(x.shape)}, got {dim}")
     if 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must not be empty beyond dimension 0, got {list(x.shape)}")
-    dim %= x.ndim
     if b is not None:
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"{op}: dim must be within {-x.ndim} .. {x.ndim - 1} for x {list(x.shape)}, got {dim}")
+        dim %= x.ndim
         _check.tensor(op, "b", b)
         if list(b.shape) != [x.shape[dim]]:
             raise ValueError(f"{op}: b must be [C] = [{x.shape[dim]}], got {list(b.shape)}")
