@@ -1,4 +1,4 @@
-"""The public ops; each has a reference in :mod:`fastgan.reference` and chooses its backend per call."""
+"""The public ops. Each checks its arguments, chooses a backend and runs it; gradients are registered with torch."""
 
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.filtered_lrelu import filtered_lrelu
