@@ -42,8 +42,37 @@ def define(
     if backward is not None and setup_context is not None and _has_tensor_lists(op):
         _register_list_autograd(op, setup_context, backward)
     elif backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            qualified, _only_what_is_asked(backward), setup_context=setup_context, lib=LIBRARY
+        )
     return op
+
+
+def _asked(ctx: Any) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad``, narrowed to what this very backward pass is for.
+
+    autograd.Function fixes it in forward: that an input requires a gradient. R1's inner gradient asks for the image alone, and
+    would compute every weight's gradient for nothing; torch's own operators ask the engine, and so does this.
+    """
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return tuple(need and _will_run(next(nodes)) for need in ctx.needs_input_grad)
+
+
+def _only_what_is_asked(backward: Callable[..., Any]) -> Callable[..., Any]:
+    def narrowed(ctx: Any, *grads: Any) -> Any:
+        ctx.needs_input_grad = _asked(ctx)
+        return backward(ctx, *grads)
+
+    return narrowed
+
+
+def _will_run(node: torch.autograd.graph.Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # The engine refuses to answer in two cases, and both mean yes: a leaf whose gradient torch.autograd.grad was asked for, and a
+        # node that is called by hand.
+        return True
 
 
 def _is_tensor_list(argument: torch._C.Argument) -> bool:
@@ -84,7 +113,7 @@ def _register_list_autograd(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             flat_needs = ctx.needs_input_grad
-            remaining = iter(flat_needs[2:])
+            remaining = iter(_asked(ctx)[2:])
             ctx.needs_input_grad = tuple(
                 next(remaining) if length is None else [next(remaining) for _ in range(length)]
                 for length in ctx.lengths
