@@ -6,10 +6,11 @@ implementation and serves any device. A compiled or Triton kernel registered for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
 
@@ -40,3 +41,54 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.fastgan, name).default
+
+
+def register_autograd_for_lists(
+    op: torch._ops.OpOverload,
+    *,
+    differentiable: Callable[..., Sequence[Tensor]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Sequence[Tensor | None]],
+) -> None:
+    """Autograd for an op with ``Tensor[]`` arguments whose Python overhead counts.
+
+    :func:`torch.library.register_autograd` flattens and rebuilds every nested argument, result and gradient with pytree: for a
+    loss over six small maps that costs more than the loss. Here the op names its differentiable tensors itself.
+
+    Args:
+        op: its first result is differentiable (a Tensor or a Tensor[]), all others are not; no schema defaults.
+        differentiable: (*args) -> the tensors that may get gradients, in a flat sequence.
+        setup_context: (ctx, inputs, output), as in :func:`torch.library.register_autograd`.
+        backward: (ctx, *gradients of the tensors of the first result) -> one gradient or None per tensor of
+            ``differentiable``; ``ctx.needs_input_grad`` has the same order. A formula calls only differentiable torch
+            functions and fastgan ops, so that it can be differentiated again.
+    """
+
+    class Lists(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            # The arguments of the op and a place for its results travel as one opaque object behind the tensors.
+            keyset, inputs, outputs = args[-1]
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            setup_context(ctx, inputs, result)
+            outputs.append(result)
+            first = result[0] if isinstance(result, tuple) else result
+            return tuple(first) if isinstance(first, list) else first
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            return (*backward(ctx, *gradients), None)
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        tensors = differentiable(*args)
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        outputs: list[Any] = []
+        first = Lists.apply(*tensors, (keyset, args, outputs))
+        first = list(first) if isinstance(first, tuple) else first
+        return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else first
+
+    Lists.__name__ = Lists.__qualname__ = f"{op._opname}_autograd"
+    LIBRARY.impl(op._opname, kernel, "Autograd", with_keyset=True)
