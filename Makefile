@@ -14,18 +14,23 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastgan-installed
+TORCH_STAMP := $(VENV)/.torch-installed
 CXX_SOURCES := $(shell find csrc -type f)
 
 .PHONY: setup quickstart test lint bench gpu-check build clean
 
 setup: $(STAMP)
 
-# torch comes first and the build is not isolated: an isolated one would download torch a second time.
-$(STAMP): setup.py pyproject.toml $(CXX_SOURCES)
+$(TORCH_STAMP):
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(BIN)/pip install "torch>=2.10" "setuptools>=77" ninja
-	$(BIN)/pip install --verbose --no-build-isolation -e ".[train,report,test,dev]" > $(VENV)/install.log || { tail -n 60 $(VENV)/install.log >&2; exit 1; }
-	@sed -n '/fastgan build configuration/,/flags/p' $(VENV)/install.log
+	touch $@
+
+# torch comes first and the build is not isolated: an isolated one would download torch a second time.
+$(STAMP): setup.py pyproject.toml $(CXX_SOURCES) | $(TORCH_STAMP)
+	@echo "Building and installing fastgan (log: $(VENV)/install.log)"
+	@$(BIN)/pip install --verbose --no-build-isolation -e ".[train,report,test,dev]" > $(VENV)/install.log 2>&1 || { tail -n 60 $(VENV)/install.log >&2; exit 1; }
+	@sed -n "/fastgan build configuration/,/torch_target/p" $(VENV)/install.log
 	touch $@
 
 quickstart: setup

@@ -76,7 +76,9 @@ def load_library(name: str, folder: Path, info: dict[str, Any] | None) -> Librar
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            reason = f"built against torch {info['torch_version']}, running torch {torch.__version__}: {error}"
+            # torch wraps the loader's own words, which name the missing symbol.
+            cause = error.__cause__ or error
+            reason = f"built against torch {info['torch_version']}, running torch {torch.__version__}: {cause}"
     if reason is not None:
         warnings.warn(
             f"fastgan: {path.name} cannot be loaded ({reason}). Its kernels are unavailable and other backends are "

@@ -33,7 +33,7 @@ Form parse_form(const std::string& name) {
 template <Form F, typename C>
 FASTGAN_INLINE void evaluate(C x, C anchor, C& value, C& slope) {
   if constexpr (F == Form::kBce) {
-    const C e = vexp(x < C(0) ? x : -x);
+    const C e = vexp_nonpositive(x < C(0) ? x : -x);
     const C high = C(1) / (C(1) + e);
     const C low = e * high;
     value = (x > C(0) ? x : C(0)) - anchor * x + vlog1p_unit(e);
@@ -56,7 +56,7 @@ FASTGAN_INLINE void evaluate(C x, C anchor, C& value, C& slope) {
 template <Form F, typename C>
 FASTGAN_INLINE C curvature(C x) {
   if constexpr (F == Form::kBce) {
-    const C e = vexp(x < C(0) ? x : -x);
+    const C e = vexp_nonpositive(x < C(0) ? x : -x);
     const C high = C(1) / (C(1) + e);
     return e * high * high;
   } else {

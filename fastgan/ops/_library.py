@@ -49,7 +49,7 @@ def register_autograd_for_lists(
     differentiable: Callable[..., Sequence[Tensor]],
     setup_context: Callable[..., None],
     backward: Callable[..., Sequence[Tensor | None]],
-) -> None:
+) -> Callable[..., Any]:
     """Autograd for an op with ``Tensor[]`` arguments whose Python overhead counts.
 
     :func:`torch.library.register_autograd` flattens and rebuilds every nested argument, result and gradient with pytree: for a
@@ -60,17 +60,21 @@ def register_autograd_for_lists(
         differentiable: (*args) -> the tensors that may get gradients, in a flat sequence.
         setup_context: (ctx, inputs, output), as in :func:`torch.library.register_autograd`.
         backward: (ctx, *gradients of the tensors of the first result) -> one gradient or None per tensor of
-            ``differentiable``; ``ctx.needs_input_grad`` has the same order. A formula calls only differentiable torch
+            ``differentiable``; ``ctx.needs_input_grad`` begins in the same order. A formula calls only differentiable torch
             functions and fastgan ops, so that it can be differentiated again.
+
+    Returns:
+        A function that takes and returns what ``op`` does. In eager mode it enters autograd without the detour from Python
+        through the dispatcher to Python, which would convert every argument twice; elsewhere it calls ``op``.
     """
 
     class Lists(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             # The arguments of the op and a place for its results travel as one opaque object behind the tensors.
-            keyset, inputs, outputs = args[-1]
+            inputs, outputs = args[-1]
             with torch._C._AutoDispatchBelowAutograd():
-                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+                result = op(*inputs)
             setup_context(ctx, inputs, result)
             outputs.append(result)
             first = result[0] if isinstance(result, tuple) else result
@@ -80,15 +84,21 @@ def register_autograd_for_lists(
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             return (*backward(ctx, *gradients), None)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def run(*args: Any) -> Any:
         tensors = differentiable(*args)
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        if not torch.is_grad_enabled() or not any([t.requires_grad for t in tensors]):
             with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+                return op(*args)
         outputs: list[Any] = []
-        first = Lists.apply(*tensors, (keyset, args, outputs))
+        first = Lists.apply(*tensors, (args, outputs))
         first = list(first) if isinstance(first, tuple) else first
         return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else first
 
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        return run(*args)
+
     Lists.__name__ = Lists.__qualname__ = f"{op._opname}_autograd"
-    LIBRARY.impl(op._opname, kernel, "Autograd", with_keyset=True)
+    LIBRARY.impl(op._opname, run, "Autograd")
+    return call

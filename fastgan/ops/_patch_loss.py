@@ -208,7 +208,7 @@ def _bwd_bwd_fake(cotangents: list[Tensor], grad_loss: Tensor, slopes: Tensor, *
     return [torch.empty_like(grad_loss), *_bwd_fake(grad_loss, slopes, *rest)]
 
 
-forward = _library.define(
+_forward = _library.define(
     "patch_loss",
     "(Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, float real_anchor, float fake_anchor, "
     "float cut, bool paired, bool real_slopes, bool fake_slopes) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -237,7 +237,7 @@ def _backward(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
     real, fake = maps[: ctx.reals], maps[ctx.reals :]
     scale, form, paired, real_slopes, fake_slopes = ctx.setting
     _check_recorded(ctx, real_slopes, fake_slopes)
-    found = iter(_bwd(grad_loss, slopes, real, fake, sample_weight, scale, form, paired, real_slopes, fake_slopes))
+    found = iter(_gradient(grad_loss, slopes, real, fake, sample_weight, scale, form, paired, real_slopes, fake_slopes))
     return [
         *(next(found) if real_slopes else None for _ in real),
         *(next(found) if fake_slopes else None for _ in fake),
@@ -261,7 +261,7 @@ def _bwd_backward(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
     grad_loss, slopes, sample_weight, *maps = ctx.saved_tensors
     real, fake = maps[: ctx.reals], maps[ctx.reals :]
     real_slopes, fake_slopes = ctx.setting[-2:]
-    found = iter(_bwd_bwd(list(cotangents), grad_loss, slopes, real, fake, sample_weight, *ctx.setting))
+    found = iter(_gradient_of_gradient(list(cotangents), grad_loss, slopes, real, fake, sample_weight, *ctx.setting))
     return [
         next(found),
         *(next(found) if real_slopes else None for _ in real),
@@ -280,16 +280,16 @@ def _no_third_order(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
     )
 
 
-_library.register_autograd_for_lists(
-    forward, differentiable=lambda real, fake, *rest: (*real, *fake), setup_context=_setup_forward, backward=_backward
+forward = _library.register_autograd_for_lists(
+    _forward, differentiable=lambda real, fake, *rest: (*real, *fake), setup_context=_setup_forward, backward=_backward
 )
-_library.register_autograd_for_lists(
+_gradient = _library.register_autograd_for_lists(
     _bwd,
     differentiable=lambda grad_loss, slopes, real, fake, *rest: (grad_loss, *real, *fake),
     setup_context=_setup_bwd,
     backward=_bwd_backward,
 )
-_library.register_autograd_for_lists(
+_gradient_of_gradient = _library.register_autograd_for_lists(
     _bwd_bwd,
     differentiable=lambda cotangents, grad_loss, slopes, real, fake, *rest: (*cotangents, grad_loss, *real, *fake),
     setup_context=_setup_bwd_bwd,
