@@ -240,7 +240,7 @@ Plan make_plan(const Setting& setting) {
 template <typename F>
 void for_runs(const Plan& plan, const F& f) {
   const int64_t count = static_cast<int64_t>(plan.runs.size());
-  const int64_t grain = std::max<int64_t>(1, kGrainElements * count / std::max<int64_t>(1, plan.elements));
+  const int64_t grain = std::max<int64_t>(1, kParallelElements * count / std::max<int64_t>(1, plan.elements));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       f(i, plan.runs[i]);
@@ -266,11 +266,11 @@ template <typename T>
 const accumulate_t<T>* load_logits(const Setting& setting, const Run& run, int64_t start, int64_t count,
                                    accumulate_t<T>* buffer, accumulate_t<T>* second) {
   const Maps& side = run.fake ? setting.fake : setting.real;
-  const auto* x = load_tile(side[run.map].const_data_ptr<T>() + run.start + start, count, buffer);
+  const auto* x = as_compute(side[run.map].const_data_ptr<T>() + run.start + start, count, buffer);
   if (!setting.paired) {
     return x;
   }
-  const auto* y = load_tile(setting.fake[run.map].const_data_ptr<T>() + run.start + start, count, second);
+  const auto* y = as_compute(setting.fake[run.map].const_data_ptr<T>() + run.start + start, count, second);
   combine(1, x, -1, y, count, buffer);
   return buffer;
 }
@@ -321,7 +321,7 @@ ForwardResult patch_loss(const Maps& real, const Maps& fake, const std::optional
     using C = accumulate_t<T>;
     const Plan plan = make_plan<C>(setting);
     const auto compute = std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
-    Tensor slopes = torch::stable::new_empty(first, {plan.slopes}, compute);
+    Tensor slopes = empty_vector(plan.slopes, compute);
     const double anchors[2] = {real_anchor, fake_anchor};
     const auto results = forward_runs<T>(setting, plan, parse_form(form), anchors, cut, slopes.mutable_data_ptr<C>());
 
@@ -332,10 +332,10 @@ ForwardResult patch_loss(const Maps& real, const Maps& fake, const std::optional
       total += run.scale * results[i].sum;
       (run.fake ? fake_hits : real_hits)[run.map] += run.fake ? results[i].below : results[i].above;
     }
-    Tensor loss = torch::stable::new_empty(first, {}, compute);
+    Tensor loss = empty_scalar(compute);
     *loss.mutable_data_ptr<C>() = static_cast<C>(total);
-    Tensor real_accuracy = torch::stable::new_empty(first, {static_cast<int64_t>(real.size())}, ScalarType::Float);
-    Tensor fake_accuracy = torch::stable::new_empty(first, {static_cast<int64_t>(fake.size())}, ScalarType::Float);
+    Tensor real_accuracy = empty_vector(static_cast<int64_t>(real.size()), ScalarType::Float);
+    Tensor fake_accuracy = empty_vector(static_cast<int64_t>(fake.size()), ScalarType::Float);
     write_accuracy(real, real_hits, real_accuracy);
     write_accuracy(fake, paired ? real_hits : fake_hits, fake_accuracy);
     return {loss, real_accuracy, fake_accuracy, slopes};
@@ -346,7 +346,7 @@ Maps empty_gradients(const Setting& setting) {
   Maps gradients;
   for (const auto& [maps, wanted] : {std::pair{&setting.real, setting.real_slopes}, {&setting.fake, setting.fake_slopes}}) {
     for (size_t m = 0; wanted && m < maps->size(); ++m) {
-      gradients.push_back(torch::stable::empty_like((*maps)[m]));
+      gradients.push_back(empty_dense_like((*maps)[m]));
     }
   }
   return gradients;
@@ -373,9 +373,9 @@ void for_sides(const Setting& setting, const Run& run, const F& f) {
 template <typename T>
 void scale_into(const accumulate_t<T>* source, double factor, int64_t count, T* target) {
   accumulate_t<T> buffer[kTile];
-  accumulate_t<T>* tile = tile_for(target, buffer);
+  accumulate_t<T>* tile = result_buffer(target, buffer);
   scale(static_cast<accumulate_t<T>>(factor), source, count, tile);
-  store_tile(tile, count, target);
+  flush(tile, target, count);
 }
 
 Maps patch_loss_bwd(const Tensor& grad_loss, const Tensor& slopes, const Maps& real, const Maps& fake,
@@ -413,7 +413,7 @@ const accumulate_t<T>* load_cotangent(const Setting& setting, const Run& run, co
     if (index < 0) {
       return;
     }
-    const auto* v = load_tile(cotangents[index].const_data_ptr<T>() + run.start + start, count, loaded ? second : buffer);
+    const auto* v = as_compute(cotangents[index].const_data_ptr<T>() + run.start + start, count, loaded ? second : buffer);
     if (loaded != nullptr) {
       combine(1, loaded, static_cast<accumulate_t<T>>(sign), v, count, buffer);
       loaded = buffer;
@@ -461,7 +461,7 @@ Maps patch_loss_bwd_bwd(const Maps& cotangents, const Tensor& grad_loss, const T
   for (size_t i = 0; i < gradients.size(); ++i) {
     ordered.push_back(in_order_of(cotangents[i], gradients[i]));
   }
-  Tensor grad_grad_loss = torch::stable::empty_like(grad_loss);
+  Tensor grad_grad_loss = empty_scalar(grad_loss.scalar_type());
   dispatch_dtype("patch_loss_bwd_bwd", (real.empty() ? fake : real)[0].scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
     const Plan plan = make_plan<C>(setting);

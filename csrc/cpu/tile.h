@@ -1,10 +1,13 @@
-// Short runs of elements brought to the type that a kernel computes in, and back; sums that do not depend on the threads.
+// Tiles, tasks and memory order of the losses: how their elements are split and laid out.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <algorithm>
-#include <type_traits>
+#include <initializer_list>
 
 #include "common.h"
+#include "convert.h"
 
 namespace fastgan {
 
@@ -15,54 +18,8 @@ constexpr int64_t kTile = 512;
 // Elements of one task. Fixed: sums are formed per task and then added in order, whatever the number of threads.
 constexpr int64_t kTaskElements = 16384;
 
-FASTGAN_MULTIVERSION static void widen(const Half* __restrict__ source, int64_t count, float* __restrict__ target) {
-  for (int64_t i = 0; i < count; ++i) {
-    target[i] = static_cast<float>(source[i]);
-  }
-}
-FASTGAN_MULTIVERSION static void widen(const BFloat16* __restrict__ source, int64_t count, float* __restrict__ target) {
-  for (int64_t i = 0; i < count; ++i) {
-    target[i] = static_cast<float>(source[i]);
-  }
-}
-FASTGAN_MULTIVERSION static void narrow(const float* __restrict__ source, int64_t count, Half* __restrict__ target) {
-  for (int64_t i = 0; i < count; ++i) {
-    target[i] = static_cast<Half>(source[i]);
-  }
-}
-FASTGAN_MULTIVERSION static void narrow(const float* __restrict__ source, int64_t count, BFloat16* __restrict__ target) {
-  for (int64_t i = 0; i < count; ++i) {
-    target[i] = static_cast<BFloat16>(source[i]);
-  }
-}
-
-// At most kTile elements in the compute type: `source` itself where it has that type, else a copy in `buffer`.
-template <typename T>
-const accumulate_t<T>* load_tile(const T* source, int64_t count, accumulate_t<T>* buffer) {
-  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
-    return source;
-  } else {
-    widen(source, count, buffer);
-    return buffer;
-  }
-}
-
-// Where to compute at most kTile elements of `target`: there itself, or in `buffer`, from which store_tile rounds them.
-template <typename T>
-accumulate_t<T>* tile_for(T* target, accumulate_t<T>* buffer) {
-  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
-    return target;
-  } else {
-    return buffer;
-  }
-}
-
-template <typename T>
-void store_tile(const accumulate_t<T>* tile, int64_t count, T* target) {
-  if constexpr (!std::is_same_v<T, accumulate_t<T>>) {
-    narrow(tile, count, target);
-  }
-}
+// Elements below which one thread does everything: torch's own grain, under which a fork costs more than it saves.
+constexpr int64_t kParallelElements = 32768;
 
 // Calls f(start, count) for consecutive tiles of a run of `total` elements.
 template <typename F>
@@ -97,12 +54,31 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
   return (a.is_contiguous() && b.is_contiguous()) || (is_channels_last(a) && is_channels_last(b));
 }
 
+// Uninitialised, contiguous, on the CPU. torch::stable::empty looks its op up by name and boxes every argument: 2 us where this takes
+// 0.5, and a loss over small maps makes ten tensors.
+inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor empty_vector(int64_t count, ScalarType dtype) {
+  const int64_t stride = 1;
+  return empty_cpu(&count, &stride, 1, dtype);
+}
+inline Tensor empty_scalar(ScalarType dtype) { return empty_cpu(nullptr, nullptr, 0, dtype); }
+
+// Like torch::stable::empty_like for a dense tensor.
+inline Tensor empty_dense_like(const Tensor& x) {
+  return empty_cpu(x.sizes().data(), x.strides().data(), x.dim(), x.scalar_type());
+}
+
 // `x` in the order of `like`: itself if it has that already, else a copy.
 inline Tensor in_order_of(const Tensor& x, const Tensor& like) {
   if (same_order(x, like)) {
     return x;
   }
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = empty_dense_like(like);
   return torch::stable::copy_(copy, x);
 }
 

@@ -84,13 +84,16 @@ def register_autograd_for_lists(
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             return (*backward(ctx, *gradients), None)
 
+    # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.
+    apply = super(torch.autograd.Function, Lists).apply
+
     def run(*args: Any) -> Any:
-        tensors = differentiable(*args)
-        if not torch.is_grad_enabled() or not any([t.requires_grad for t in tensors]):
+        tensors = differentiable(*args) if torch.is_grad_enabled() else ()
+        if not any([t.requires_grad for t in tensors]):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         outputs: list[Any] = []
-        first = Lists.apply(*tensors, (args, outputs))
+        first = apply(*tensors, (args, outputs))
         first = list(first) if isinstance(first, tuple) else first
         return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else first
 

@@ -234,14 +234,21 @@ def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
     slopes, sample_weight, *maps = ctx.saved_tensors
-    real, fake = maps[: ctx.reals], maps[ctx.reals :]
-    scale, form, paired, real_slopes, fake_slopes = ctx.setting
-    _check_recorded(ctx, real_slopes, fake_slopes)
-    found = iter(_gradient(grad_loss, slopes, real, fake, sample_weight, scale, form, paired, real_slopes, fake_slopes))
-    return [
-        *(next(found) if real_slopes else None for _ in real),
-        *(next(found) if fake_slopes else None for _ in fake),
-    ]
+    reals = ctx.reals
+    real_slopes, fake_slopes = ctx.setting[-2:]
+    if not (real_slopes and fake_slopes):
+        _check_recorded(ctx, real_slopes, fake_slopes)
+    found = _gradient(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
+    return _by_map(found, reals, len(maps) - reals, real_slopes, fake_slopes)
+
+
+def _by_map(
+    gradients: list[Tensor], reals: int, fakes: int, real_slopes: bool, fake_slopes: bool
+) -> list[Tensor | None]:
+    """One entry per map: its gradient, or None for a side without."""
+    if not real_slopes:
+        return [*[None] * reals, *gradients]
+    return gradients if fake_slopes else [*gradients, *[None] * fakes]
 
 
 def _check_recorded(ctx: Any, real_slopes: bool, fake_slopes: bool) -> None:
@@ -259,14 +266,11 @@ def _setup_bwd(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _bwd_backward(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
     grad_loss, slopes, sample_weight, *maps = ctx.saved_tensors
-    real, fake = maps[: ctx.reals], maps[ctx.reals :]
-    real_slopes, fake_slopes = ctx.setting[-2:]
-    found = iter(_gradient_of_gradient(list(cotangents), grad_loss, slopes, real, fake, sample_weight, *ctx.setting))
-    return [
-        next(found),
-        *(next(found) if real_slopes else None for _ in real),
-        *(next(found) if fake_slopes else None for _ in fake),
-    ]
+    reals = ctx.reals
+    first, *rest = _gradient_of_gradient(
+        list(cotangents), grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting
+    )
+    return [first, *_by_map(rest, reals, len(maps) - reals, *ctx.setting[-2:])]
 
 
 def _setup_bwd_bwd(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

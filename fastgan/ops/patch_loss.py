@@ -95,13 +95,13 @@ def patch_loss(
     Source: Goodfellow et al. 2014 (vanilla, non-saturating); Mao et al. 2017 eq. 2 (lsgan, without ½); Arjovsky et al. 2017
     (wgan); Lim and Ye 2017 (hinge); Jolicoeur-Martineau 2018 and Huang et al. 2024, R3GAN, eq. 2 (paired).
     """
-    _check.one_of("patch_loss", "mode", mode, MODES)
-    _check.one_of("patch_loss", "side", side, SIDES)
-    _check.one_of("patch_loss", "over_maps", over_maps, ("mean", "sum"))
+    if mode not in MODES or side not in SIDES or over_maps not in ("mean", "sum"):
+        _check.one_of("patch_loss", "mode", mode, MODES)
+        _check.one_of("patch_loss", "side", side, SIDES)
+        _check.one_of("patch_loss", "over_maps", over_maps, ("mean", "sum"))
     real_target, fake_target = _constant("real_target", real_target), _constant("fake_target", fake_target)
-    reals, fakes = _as_maps("real", real), _as_maps("fake", fake)
-    if side == "generator" and not paired:
-        reals = None
+    reals = _as_maps("real", real) if side == "critic" or paired else None
+    fakes = _as_maps("fake", fake)
     first = _check_sides(reals, fakes, side, paired)
     scale = _map_scale(map_weight, over_maps, len(reals or fakes))
     if sample_weight is not None:
@@ -212,37 +212,46 @@ def _as_maps(name: str, maps: Maps) -> list[Tensor] | None:
 
 def _check_sides(real: list[Tensor] | None, fake: list[Tensor] | None, side: str, paired: bool) -> Tensor:
     """Check all maps; the first of them."""
-    if fake is None and (real is None or paired or side == "generator"):
-        wanted = "maps, since paired compares it with real" if paired else f"maps for the {side}, or real must be"
-        wanted = "maps for the generator" if side == "generator" else wanted
-        raise ValueError(f"patch_loss: fake must be {wanted}, got None")
-    if paired and real is None:
-        raise ValueError("patch_loss: real must be maps, since paired compares it with fake, got None")
-    first = (real or fake)[0]
-    for name, maps in (("real", real), ("fake", fake)):
-        for i, x in enumerate(maps or ()):
-            _check_map(f"{name}[{i}]", x, first)
-    if real is not None and fake is not None:
-        if len(real) != len(fake):
-            raise ValueError(f"patch_loss: fake must have as many maps as real = {len(real)}, got {len(fake)}")
-        for i, (r, f) in enumerate(zip(real, fake, strict=True) if paired else ()):
+    if real is None or fake is None:
+        _check_missing(real, fake, side, paired)
+    elif len(real) != len(fake):
+        raise ValueError(f"patch_loss: fake must have as many maps as real = {len(real)}, got {len(fake)}")
+    maps = [*(real or ()), *(fake or ())]
+    first = maps[0]
+    dtype, device = getattr(first, "dtype", None), getattr(first, "device", None)
+    for i, x in enumerate(maps):
+        # What every call of a training step passes: the reasons why something else does not are looked up afterwards.
+        if not (isinstance(x, Tensor) and x.dtype is dtype and x.device == device and x.ndim and x.numel()):
+            name = f"real[{i}]" if i < len(real or ()) else f"fake[{i - len(real or ())}]"
+            _check_map(name, x, first)
+    _check.tensor("patch_loss", "real[0]" if real else "fake[0]", first)
+    if paired:
+        for i, (r, f) in enumerate(zip(real, fake, strict=True)):
             if r.shape != f.shape:
                 raise ValueError(f"patch_loss: fake[{i}] must be like real[{i}] = {list(r.shape)}, got {list(f.shape)}")
     return first
 
 
+def _check_missing(real: list[Tensor] | None, fake: list[Tensor] | None, side: str, paired: bool) -> None:
+    if paired:
+        name, other = ("real", "fake") if real is None else ("fake", "real")
+        raise ValueError(f"patch_loss: {name} must be a map or maps, since paired compares it with {other}, got None")
+    if fake is None and side == "generator":
+        raise ValueError("patch_loss: fake must be a map or maps for side='generator', got None")
+    if fake is None and real is None:
+        raise ValueError("patch_loss: real or fake must be a map or maps, got None for both")
+
+
 def _check_map(name: str, x: object, first: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"patch_loss: {name} must be a Tensor, got {type(x).__name__}")
-    if x is first:
-        _check.tensor("patch_loss", name, x)
-    elif x.dtype != first.dtype:
+    _check.tensor("patch_loss", name, x)
+    if x.dtype != first.dtype:
         raise ValueError(f"patch_loss: {name} must be {first.dtype} like the first map, got {x.dtype}")
-    elif x.device != first.device:
+    if x.device != first.device:
         raise ValueError(f"patch_loss: {name} must be on {first.device} like the first map, got {x.device}")
-    shape = x.shape
-    if not shape or (shape[0] != 0 and x.numel() == 0):
-        raise ValueError(f"patch_loss: {name} must be [N, ...] with at least one element per sample, got {list(shape)}")
+    if x.ndim == 0 or (x.shape[0] != 0 and x.numel() == 0):
+        raise ValueError(
+            f"patch_loss: {name} must be [N, ...] with at least one element per sample, got {list(x.shape)}"
+        )
 
 
 def _map_scale(map_weight: Sequence[float] | Tensor | None, over_maps: str, count: int) -> list[float]:
