@@ -32,8 +32,8 @@ def define(
         fallback: plain torch under no autograd, any device; returns fresh tensors, never a view of an input.
         fake: shapes, dtypes and strides of the results from those of the arguments.
         setup_context, backward: as in :func:`torch.library.register_autograd`. A backward formula calls only
-            differentiable torch functions and fastgan ops, so that it can be differentiated again. For a Tensor[] argument
-            ``ctx.needs_input_grad`` holds a list, and the gradient is a list or None.
+            differentiable torch functions and fastgan ops, so that it can be differentiated again. For a Tensor[]
+            argument ``ctx.needs_input_grad`` holds a list, and the gradient is a list or None.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
@@ -89,8 +89,9 @@ def _register_list_autograd(
 ) -> None:
     """What torch.library.register_autograd does, for ops with tensor lists, without its cost per call.
 
-    autograd.Function knows only flat tensors. register_autograd flattens all arguments with pytree and back, in every forward and
-    every backward (five layers of spectral_sigma: 450 us where this takes 100 us); the schema already says which are lists.
+    autograd.Function knows only flat tensors. register_autograd flattens all arguments with pytree and back, in every
+    forward and every backward (five layers of spectral_sigma: 450 us where this takes 100 us); the schema already says
+    which are lists.
 
     Returns are either tensors or a single Tensor[].
     """
