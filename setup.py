@@ -25,12 +25,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
@@ -184,8 +186,8 @@ def compile_flags(config: BuildConfig, torch_paths: TorchPaths) -> dict[str, lis
     shared += ["-O1", "-g", "-DFASTGAN_DEBUG_BUILD"] if config.debug else ["-O3", "-DNDEBUG"]
     includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_paths.include)]
     host = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
-    # Contraction to fused multiply-adds, no errno and no trapping comparisons are what lets loops with exp vectorise; none of
-    # them changes what happens to NaN or infinity.
+    # Contraction to fused multiply-adds, no errno and no trapping comparisons are what lets loops with exp vectorise;
+    # none of them changes what happens to NaN or infinity.
     vector = ["-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     cpp = [*host, *vector, *(["-D_GLIBCXX_ASSERTIONS"] if config.debug else [])]
     flags = {".cpp": [*shared, *includes, *cpp]}
@@ -213,6 +215,17 @@ class NativeLibrary(Extension):
         self.suffix = suffix
 
 
+@dataclass
+class LibraryPlan:
+    """The commands that make one library: compile each source to its object, then link the objects."""
+
+    name: str
+    compile: list[str]
+    link: list[str]
+    objects: dict[Path, Path]
+    output: Path
+
+
 class BuildNative(build_ext):
     """Compiles with ninja where it is found, else with one thread per core, and links the two shared libraries."""
 
@@ -237,40 +250,40 @@ class BuildNative(build_ext):
             remove_stale_libraries(ROOT / "fastgan", keep=[Path(name).name for name in super().get_outputs()])
             write_build_info(ROOT / "fastgan")
 
-    def build_extension(self, ext: NativeLibrary) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = (Path(self.build_temp) / ext.name).resolve()
-        work.mkdir(parents=True, exist_ok=True)
-        compiler = CONFIG.nvcc if ext.suffix == ".cu" else CONFIG.cxx
-        command = [compiler, *(["-ccbin", CONFIG.cxx] if ext.suffix == ".cu" else []), *CONFIG.flags[ext.suffix]]
-        objects = {work / (Path(source).name + ".o"): ROOT / source for source in ext.sources}
+    def build_extensions(self) -> None:
+        """All libraries in one go, so that the cores stay busy while nvcc works on its one file."""
+        plans = [self.plan(ext) for ext in self.extensions]
         jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
-        ninja = shutil.which("ninja")
+        # Beside the interpreter too: make and pip run a virtual environment that nobody activated.
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
         if ninja:
-            write_ninja_file(work, command, self.link_command(ext), objects, output)
-            subprocess.run([ninja, "-C", str(work), f"-j{jobs}"], check=True)
-            return
-        with ThreadPoolExecutor(jobs) as pool:
-            tasks = [
-                pool.submit(run_printed, [*command, "-c", str(source), "-o", str(target)])
-                for target, source in objects.items()
-            ]
-            for task in tasks:
-                task.result()
-        run_printed([*self.link_command(ext), *map(str, objects), "-o", str(output)])
+            write_ninja_file(Path(self.build_temp) / "build.ninja", plans)
+            subprocess.run([ninja, "-C", self.build_temp, f"-j{jobs}"], check=True)
+        else:
+            build_with_threads(plans, jobs)
 
-    def link_command(self, ext: NativeLibrary) -> list[str]:
-        """The link line up to its inputs. Only libtorch is needed: the stable ABI is C functions that it exports.
+    def plan(self, ext: NativeLibrary) -> LibraryPlan:
+        """The commands for one library. Only libtorch is linked: the stable ABI is C functions that it exports.
 
         No rpath: the libraries are loaded after torch, whose own copies then answer for these names.
         """
-        torch_lib = str(self.torch_paths.lib)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = (Path(self.build_temp) / ext.name).resolve()
+        for folder in (output.parent, work):
+            folder.mkdir(parents=True, exist_ok=True)
+        head = [CONFIG.cxx]
+        libraries = [f"-L{self.torch_paths.lib}", "-Xlinker", "--no-as-needed", "-ltorch_cpu"]
         if ext.suffix == ".cu":
+            head = [CONFIG.nvcc, "-ccbin", CONFIG.cxx]
             # The CUDA runtime is linked statically, so the binary does not ask for the libcudart of one CUDA version.
-            head = [CONFIG.nvcc, "-ccbin", CONFIG.cxx, "-shared", "-cudart", "static", f"-L{torch_lib}"]
-            return [*head, "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
-        return [CONFIG.cxx, "-shared", f"-L{torch_lib}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+            libraries += ["-ltorch_cuda", "-cudart", "static"]
+        return LibraryPlan(
+            name=ext.name.rpartition(".")[2],
+            compile=[*head, *CONFIG.flags[ext.suffix]],
+            link=[*head, "-shared", *libraries],
+            objects={work / (Path(source).name + ".o"): ROOT / source for source in ext.sources},
+            output=output,
+        )
 
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), str(Path(self.build_lib) / "fastgan" / INFO_NAME)]
@@ -278,6 +291,11 @@ class BuildNative(build_ext):
 
 class BuildPython(build_py):
     """Writes the build information also where nothing is compiled, so that doctor can say why."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Without fastgan/kernels.py: in an installed package fastgan/kernels/ is there itself."""
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[:2] != ("fastgan", "kernels")]
 
     def run(self) -> None:
         super().run()
@@ -288,35 +306,54 @@ class BuildPython(build_py):
             write_build_info(folder)
 
 
+class PlatformWheel(bdist_wheel):
+    """Nothing in the libraries links to Python, so a wheel serves every Python 3 on one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 def run_printed(command: list[str]) -> None:
     """Run one compiler command and show it, so that a failure can be repeated by hand."""
     print(shlex.join(command), flush=True)
     subprocess.run(command, check=True)
 
 
-def ninja_escape(text: str) -> str:
-    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def ninja_escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_ninja_file(
-    work: Path, compile_command: list[str], link_command: list[str], objects: dict[Path, Path], output: Path
-) -> None:
-    """One rule to compile, with dependency files so that an edited header rebuilds what includes it, one to link."""
-    quoted = {"compile": shlex.join(compile_command), "link": shlex.join(link_command)}
-    quoted = {rule: text.replace("$", "$$") for rule, text in quoted.items()}
-    lines = [
-        "ninja_required_version = 1.3",
-        "rule compile",
-        f"  command = {quoted['compile']} -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {quoted['link']} $in -o $out",
+def write_ninja_file(path: Path, plans: list[LibraryPlan]) -> None:
+    """The plans as ninja's rules, with dependency files so that an edited header rebuilds what includes it."""
+    lines = ["ninja_required_version = 1.3"]
+    for plan in plans:
+        compile_text, link_text = (shlex.join(command).replace("$", "$$") for command in (plan.compile, plan.link))
+        lines += [
+            f"rule compile_{plan.name}",
+            f"  command = {compile_text} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"rule link_{plan.name}",
+            f"  command = {link_text} $in -o $out",
+        ]
+        for target, source in plan.objects.items():
+            lines.append(f"build {ninja_escape(target)}: compile_{plan.name} {ninja_escape(source)}")
+        lines.append(f"build {ninja_escape(plan.output)}: link_{plan.name} {' '.join(map(ninja_escape, plan.objects))}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def build_with_threads(plans: list[LibraryPlan], jobs: int) -> None:
+    """What ninja would do, without its knowledge of what is up to date."""
+    commands = [
+        [*plan.compile, "-c", str(source), "-o", str(target)]
+        for plan in plans
+        for target, source in plan.objects.items()
     ]
-    for target, source in objects.items():
-        lines.append(f"build {ninja_escape(str(target))}: compile {ninja_escape(str(source))}")
-    lines.append(f"build {ninja_escape(str(output))}: link {' '.join(ninja_escape(str(path)) for path in objects)}")
-    (work / "build.ninja").write_text("\n".join(lines) + "\n")
+    with ThreadPoolExecutor(jobs) as pool:
+        # list() takes every result, and so raises what a failed compilation raised.
+        list(pool.map(run_printed, commands))
+    for plan in plans:
+        run_printed([*plan.link, *map(str, plan.objects), "-o", str(plan.output)])
 
 
 def report_config() -> None:
@@ -349,7 +386,7 @@ if __name__ == "__main__":
         libraries.append(NativeLibrary("libfastgan_cuda", "csrc/cuda", ".cu"))
     setup(
         ext_modules=libraries,
-        cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-        # Nothing in the libraries links to Python, so a wheel serves every Python 3 on one platform.
-        options={"bdist_wheel": {"py_limited_api": False}},
+        packages=[*find_packages(include=["fastgan", "fastgan.*"]), "fastgan.kernels"],
+        package_dir={"fastgan.kernels": "kernels"},
+        cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildNative, "build_py": BuildPython},
     )

@@ -6,6 +6,7 @@ use the LibTorch stable ABI: one that was built against torch 2.14 runs on every
 
 from __future__ import annotations
 
+import ctypes
 import json
 import warnings
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 
 _HERE = Path(__file__).resolve().parent
-_INFO_PATH = _HERE / "_build_info.json"
-_LIBRARIES = {"cpu": "libfastgan_cpu.so", "cuda": "libfastgan_cuda.so"}
+
+# Library -> (file, the entry of the build information that says why it was left out).
+_LIBRARIES = {"cpu": ("libfastgan_cpu.so", "cpp_reason"), "cuda": ("libfastgan_cuda.so", "cuda_reason")}
 
 # Kept for the life of the process: torch forgets an op's schema together with the Library that defined it.
 _SCHEMAS = torch.library.Library("fastgan", "FRAGMENT")
@@ -26,23 +28,16 @@ _SCHEMAS.define("_probe(Tensor x) -> Tensor")
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """One compiled library: where it is, and why it is not loaded (None when it is)."""
+    """One compiled library: where it is or would be, and why it is not loaded (None when it is)."""
 
-    name: str
     path: Path
     reason: str | None
 
-    @property
-    def loaded(self) -> bool:
-        return self.reason is None
 
-
-@cache
-def build_info() -> dict[str, Any] | None:
+def read_build_info(folder: Path = _HERE) -> dict[str, Any] | None:
     """What the build stored about itself (compilers, flags, torch, switches); None for a checkout never built."""
-    if not _INFO_PATH.exists():
-        return None
-    return json.loads(_INFO_PATH.read_text())
+    path = folder / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def misfit(info: dict[str, Any], running: str) -> str | None:
@@ -60,20 +55,30 @@ def misfit(info: dict[str, Any], running: str) -> str | None:
     return None
 
 
-def _load_library(name: str) -> LibraryStatus:
-    path = _HERE / _LIBRARIES[name]
-    info = build_info()
-    if info is None or not path.exists():
-        left_out = info and info["cpp_reason" if name == "cpu" else "cuda_reason"]
-        return LibraryStatus(name, path, f"not built: {left_out}" if left_out else "not built")
+def load_library(name: str, folder: Path, info: dict[str, Any] | None) -> LibraryStatus:
+    """Load one library from ``folder`` if it was built and fits; a misfit warns and names both torch versions.
+
+    Args:
+        name: the device that the library serves, "cpu" or "cuda".
+        folder: where the libraries are.
+        info: what their build stored, from :func:`read_build_info`.
+    """
+    file_name, reason_key = _LIBRARIES[name]
+    path = folder / file_name
+    if info is None:
+        return LibraryStatus(path, "not built")
+    if info[reason_key] is not None:
+        return LibraryStatus(path, f"not built: {info[reason_key]}")
     if name == "cuda" and torch.version.cuda is None:
-        return LibraryStatus(name, path, f"torch {torch.__version__} is built without CUDA")
+        return LibraryStatus(path, f"torch {torch.__version__} is built without CUDA")
     reason = misfit(info, torch.__version__)
     if reason is None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            reason = f"built against torch {info['torch_version']}, running torch {torch.__version__}: {error}"
+            # torch wraps the loader's own words, which name the missing symbol.
+            cause = error.__cause__ or error
+            reason = f"built against torch {info['torch_version']}, running torch {torch.__version__}: {cause}"
     if reason is not None:
         warnings.warn(
             f"fastgan: {path.name} cannot be loaded ({reason}). Its kernels are unavailable and other backends are "
@@ -81,18 +86,32 @@ def _load_library(name: str) -> LibraryStatus:
             RuntimeWarning,
             stacklevel=2,
         )
-    return LibraryStatus(name, path, reason)
+    return LibraryStatus(path, reason)
 
 
 @cache
 def load() -> dict[str, LibraryStatus]:
-    """Load the libraries that were built and fit, once. Never compiles, never raises for a library that is missing."""
-    return {name: _load_library(name) for name in _LIBRARIES}
+    """Load the libraries that were built and fit, once per process; nothing is ever compiled here.
+
+    Returns:
+        Each library by the device that it serves ("cpu", "cuda"), with the reason why it is not loaded.
+    """
+    info = read_build_info()
+    return {name: load_library(name, _HERE, info) for name in _LIBRARIES}
 
 
-def status() -> dict[str, LibraryStatus]:
-    """The libraries by name ("cpu", "cuda"), each with the reason why it is not loaded."""
-    return load()
+def simd_level() -> str:
+    """The instruction set that the CPU kernels run with on this machine, chosen when their library was loaded.
+
+    Raises:
+        RuntimeError: the CPU library is not loaded.
+    """
+    library = load()["cpu"]
+    if library.reason is not None:
+        raise RuntimeError(f"the CPU library is not loaded: {library.reason}")
+    function = ctypes.CDLL(str(library.path)).fastgan_simd_level
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def probe(device: torch.device | str) -> bool:
@@ -104,5 +123,5 @@ def probe(device: torch.device | str) -> bool:
     """
     load()
     # Longer than one grain of the CPU's threads and than one block of a GPU, and a multiple of neither.
-    x = torch.linspace(-1.0, 1.0, 10_007, device=device)
+    x = torch.linspace(-1.0, 1.0, 40_009, device=device)
     return torch.equal(torch.ops.fastgan._probe(x), x + torch.arange(x.numel(), device=device))

@@ -24,8 +24,10 @@
 #endif
 #if defined(__GNUC__)
 #define FASTGAN_INLINE inline __attribute__((always_inline))
+#define FASTGAN_LAMBDA_INLINE __attribute__((always_inline))
 #else
 #define FASTGAN_INLINE inline
+#define FASTGAN_LAMBDA_INLINE
 #endif
 
 namespace fastgan {

@@ -6,10 +6,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 
 namespace fastgan {
 namespace {
@@ -21,10 +21,9 @@ constexpr int kThreads = 256;
 // Enough blocks to fill any GPU several times over; a grid-stride loop covers what is left.
 constexpr int64_t kMaxBlocks = 4096;
 
-__global__ void probe_kernel(
-    const float* __restrict__ x,  // [numel]
-    float* __restrict__ y,        // [numel]
-    int64_t numel) {
+__global__ void probe_kernel(const float* __restrict__ x,  // [numel]
+                             float* __restrict__ y,        // [numel]
+                             int64_t numel) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < numel; i += stride) {
     y[i] = x[i] + static_cast<float>(i);
@@ -32,9 +31,7 @@ __global__ void probe_kernel(
 }
 
 Tensor probe(const Tensor& x) {
-  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) {
-    throw std::runtime_error("_probe: x must be contiguous float32");
-  }
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "_probe: x must be contiguous float32");
   Tensor y = torch::stable::empty_like(x);
   const int64_t numel = x.numel();
   // A grid of zero blocks is a launch error.
@@ -45,8 +42,8 @@ Tensor probe(const Tensor& x) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const auto blocks = static_cast<unsigned>(std::min((numel + kThreads - 1) / kThreads, kMaxBlocks));
-  probe_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const float*>(x.data_ptr()), static_cast<float*>(y.data_ptr()), numel);
+  probe_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const float*>(x.data_ptr()),
+                                                                           static_cast<float*>(y.data_ptr()), numel);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
 }
@@ -54,6 +51,4 @@ Tensor probe(const Tensor& x) {
 }  // namespace
 }  // namespace fastgan
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CUDA, m) {
-  m.impl("_probe", TORCH_BOX(&fastgan::probe));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CUDA, m) { m.impl("_probe", TORCH_BOX(&fastgan::probe)); }

@@ -1,0 +1,63 @@
+# The two commands of the README are `make quickstart` and `make test`; each sets up first what it needs.
+#
+#   VENV     the virtual environment that everything runs in; made by the first target that needs it
+#   PYTHON   the Python (3.10 or later) that makes it
+#   STEPS    stop the quickstart after so many steps, not after three minutes
+#   OUT      where the quickstart writes
+#   ARGS     further arguments of quickstart, test and bench, for example ARGS="--data photos" or ARGS="-k patch_loss"
+
+VENV ?= .venv
+PYTHON ?= python3
+STEPS ?=
+OUT ?= quickstart
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.fastgan-installed
+TORCH_STAMP := $(VENV)/.torch-installed
+CXX_SOURCES := $(shell find csrc -type f)
+
+.PHONY: setup quickstart test lint bench gpu-check build clean
+
+setup: $(STAMP)
+
+$(TORCH_STAMP):
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(BIN)/pip install "torch>=2.10" "setuptools>=77" ninja
+	touch $@
+
+# torch comes first and the build is not isolated: an isolated one would download torch a second time.
+$(STAMP): setup.py pyproject.toml $(CXX_SOURCES) | $(TORCH_STAMP)
+	@echo "Building and installing fastgan (log: $(VENV)/install.log)"
+	@$(BIN)/pip install --verbose --no-build-isolation -e ".[train,report,test,dev]" > $(VENV)/install.log 2>&1 || { tail -n 60 $(VENV)/install.log >&2; exit 1; }
+	@sed -n "/fastgan build configuration/,/torch_target/p" $(VENV)/install.log
+	touch $@
+
+quickstart: setup
+	$(BIN)/fastgan quickstart --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+gpu-check: setup
+	@$(BIN)/fastgan doctor
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check: torch sees no CUDA device here, so nothing was checked. Run this on a machine with an NVIDIA GPU.')"
+	@echo "gpu-check: fastgan has no GPU kernels yet; this runs the tests, those that need a GPU included."
+	$(BIN)/python -m pytest $(ARGS)
+
+# After an edit of csrc/ this is faster than the reinstallation that the other targets would do.
+build:
+	$(BIN)/python setup.py build_ext --inplace
+	touch $(STAMP)
+
+clean:
+	rm -rf build dist fastgan.egg-info fastgan/*.so fastgan/_build_info.json $(STAMP)
+	rm -rf .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -1,0 +1,372 @@
+"""scaled_conv2d: the one convolution under every layer, with scales around it and an epilogue behind it.
+
+Its linear part c = out_scale ⊙ conv(in_scale ⊙ x, W) is multilinear in (x, W, in_scale, out_scale). Each derivative is again a scaled
+convolution, its transpose, a scaled weight gradient or a sum over pixels, so a handful of registered ops is closed under
+differentiation: ``scaled_conv2d``, ``scaled_conv2d_weight_grad``, ``pixel_dot`` and ``activation_grad``. A derivative runs only if its
+input needs a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops import _check
+from fastgan.ops._conv_arguments import ConvArguments, check_call
+from fastgan.ops._library import define
+from fastgan.ops.activation_grad import activation_grad
+from fastgan.ops.pixel_dot import pixel_dot
+from fastgan.reference.activation import ACTIVATIONS, resolve
+from fastgan.reference.epilogue import Epilogue, apply_epilogue
+from fastgan.reference.scaled_conv2d import pad_input
+from fastgan.reference.scaled_conv2d import scaled_conv2d as reference_scaled_conv2d
+
+_NAME = "scaled_conv2d"
+_BACKENDS = {"cpp": backends.cpp_can_run, "reference": backends.always}
+
+
+def scaled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    padding_mode: str = "zeros",
+    transposed: bool = False,
+    groups: int = 1,
+    epilogue: Epilogue | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve with scales around the product and everything behind it in one pass.
+
+        c = out_scale ⊙ conv(in_scale ⊙ x, weight)
+        y = clamp(gain · act(c + noise · noise_strength + bias)) + residual_gain · residual
+
+    StyleGAN2's modulated convolution is in_scale = style, out_scale = demodulation; a spectral-normalised one is
+    out_scale = 1/σ; equalised learning rate is a constant out_scale.
+
+    Args:
+        x: [N, C_in, H, W], float32, float64, bfloat16 or float16; N may be 0, H and W may not. NCHW or channels_last; the result has
+            the layout that torch's convolution gives. On CPU, x is copied once if in_scale is given or x is a half type, and
+            once more if it is padded asymmetrically or not with zeros.
+        weight: [C_out, C_in/groups, k_h, k_w], or [C_in, C_out/groups, k_h, k_w] if transposed; x's dtype.
+        in_scale: [N, C_in], [1, C_in], [C_in], [1, 1] or 0-dim: a factor on x's channels; None means 1.
+        out_scale: likewise over C_out.
+        stride, dilation: factors, int or (h, w).
+        padding: pixels; int, (h, w) or (left, right, top, bottom). Transposed: what is cut from the full result, symmetric.
+        output_padding: transposed only: rows and columns added at the bottom and right, below stride.
+        padding_mode: "zeros", "reflect" or "replicate"; only zeros if transposed.
+        transposed: transposed convolution (the adjoint of the convolution with the same weight).
+        groups: as in torch.
+        epilogue: what follows; None means nothing.
+        backend: "reference" or "cpp"; None chooses.
+
+    Returns:
+        [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), half types are rounded once. A NaN stays
+        within its sample (in the weight or a shared scale it reaches every sample); with FASTGAN_DEBUG=1 it raises.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; a backend that cannot run.
+        TypeError: an argument that is no tensor.
+
+    Autocast casts x and weight; scales, noise and bias stay in float32.
+
+    Gradients: 1st and 2nd order for x, weight, both scales, noise, noise_strength, bias and residual; the reference differentiates without
+    end. Saved for backward: the inputs and the result, and the convolution before its epilogue only if out_scale needs a gradient,
+    the activation cannot be inverted, or a residual hides its result.
+
+    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", section 2.2 and equation 3; Miyato et al. 2018
+    for 1/σ; the factoring into scales around one product is this library's.
+    """
+    x = _check.tensor(_NAME, "x", x, ndim=4)
+    weight = _check.tensor(_NAME, "weight", weight, ndim=4)
+    x, weight = _check.autocast(x, weight)
+    args = ConvArguments.resolve(stride, padding, output_padding, dilation, padding_mode, transposed, groups)
+    epilogue = Epilogue() if epilogue is None else epilogue
+    call = check_call(x, weight, in_scale, out_scale, args, epilogue)
+    chosen = backends.choose(_NAME, backend, _BACKENDS, x.device, x.dtype)
+    if chosen == "reference":
+        y = reference_scaled_conv2d(x, weight, call.in_scale, call.out_scale, **args.as_kwargs(), epilogue=epilogue)
+    else:
+        y = _run_op(x, weight, args, call, epilogue)
+    _check.no_nan(_NAME, y)
+    return y
+
+
+def _run_op(x: Tensor, weight: Tensor, args: ConvArguments, call, epilogue: Epilogue) -> Tensor:
+    left, right, top, bottom = args.padding
+    if args.padding_mode != "zeros" or left != right or top != bottom:
+        x, left, top = pad_input(x, args.padding, args.padding_mode), 0, 0
+    alpha, gain = resolve(epilogue.act, epilogue.alpha, epilogue.gain)
+    act = Activated(epilogue.act, alpha, gain, epilogue.clamp)
+    tensors = (x, weight, call.in_scale, call.out_scale, call.noise, call.noise_strength, call.bias, call.residual)
+    save_conv = torch.is_grad_enabled() and (
+        _needs_grad(call.out_scale)
+        or (not act.known_from_output(call.residual is not None) and any(_needs_grad(t) for t in tensors))
+    )
+    geometry = (args.stride, (top, left), args.output_padding, args.dilation, args.transposed, args.groups)
+    return _conv_op(*tensors, *geometry, *act, float(epilogue.residual_gain), save_conv)[0]
+
+
+def _needs_grad(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad
+
+
+class Activated(NamedTuple):
+    """The pointwise part of an epilogue, in the order of the op's schema."""
+
+    act: str
+    alpha: float
+    gain: float
+    clamp: float | None
+
+    @property
+    def identity(self) -> bool:
+        return self.act == "linear" and self.gain == 1.0 and self.clamp is None
+
+    def known_from_output(self, has_residual: bool) -> bool:
+        """Whether the backward can work from y alone: act' follows from act(z), which follows from y."""
+        if self.act == "linear" and self.clamp is None:
+            return True
+        monotone = self.gain > 0 and self.alpha >= 0
+        return ACTIVATIONS[self.act].invertible and monotone and not has_residual
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The linear part's fixed arguments, in the order of the op's schema."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    dilation: tuple[int, int]
+    transposed: bool
+    groups: int
+
+    def adjoint(self, input_hw: torch.Size, output_hw: torch.Size, kernel_hw: torch.Size) -> Geometry:
+        """The convolution that maps cotangents of the output back to the input, with the same weight."""
+        if self.transposed:
+            return Geometry(self.stride, self.padding, (0, 0), self.dilation, False, self.groups)
+        extra = tuple(
+            input_hw[i]
+            + 2 * self.padding[i]
+            - self.dilation[i] * (kernel_hw[i] - 1)
+            - 1
+            - (output_hw[i] - 1) * self.stride[i]
+            for i in (0, 1)
+        )
+        return Geometry(self.stride, self.padding, extra, self.dilation, True, self.groups)
+
+    def as_args(self) -> tuple:
+        return (self.stride, self.padding, self.output_padding, self.dilation, self.transposed, self.groups)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, in_scale: Tensor | None, out_scale: Tensor | None, geometry: Geometry, save_conv: bool
+) -> tuple[Tensor, Tensor]:
+    """(out_scale ⊙ conv(in_scale ⊙ x), and with ``save_conv`` the convolution before out_scale); no epilogue."""
+    save_conv = save_conv or (torch.is_grad_enabled() and _needs_grad(out_scale))
+    tensors = (x, weight, in_scale, out_scale, None, None, None, None)
+    return _conv_op(*tensors, *geometry.as_args(), "linear", 0.0, 1.0, None, 1.0, save_conv)
+
+
+def _linear_and_scale_grad(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    geometry: Geometry,
+    dot_with: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The scaled convolution, and the gradient of its out_scale against the cotangent ``dot_with`` (None: not wanted)."""
+    y, c = _linear(x, weight, in_scale, out_scale, geometry, save_conv=dot_with is not None)
+    return y, None if dot_with is None else pixel_dot(dot_with, c).sum_to_size(out_scale.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastgan::scaled_conv2d
+
+
+def _conv_fallback(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):
+    stride, padding, output_padding, dilation, transposed, groups, act, alpha, gain, clamp, residual_gain, save_conv = settings
+    wide = _check.accumulate_dtype(x.dtype)
+    (top, left), args = padding, (tuple(stride), (0, 0, 0, 0), tuple(output_padding), tuple(dilation))
+    args = ConvArguments(args[0], (left, left, top, top), args[2], args[3], "zeros", transposed, groups)
+    c = reference_scaled_conv2d(x.to(wide), weight.to(wide), in_scale, None, **args.as_kwargs(), epilogue=Epilogue())
+    epilogue = Epilogue(noise, noise_strength, bias, act, alpha, gain, clamp, residual, residual_gain)
+    scaled = c if out_scale is None else c * out_scale[:, :, None, None]
+    y = apply_epilogue(scaled, epilogue).to(x.dtype)
+    y = y.clone(memory_format=torch.preserve_format) if y is c else y
+    return y, c if save_conv else c.new_empty(0)
+
+
+def _conv_fake(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):
+    stride, padding, output_padding, dilation, transposed, groups, *_, save_conv = settings
+    wide = _check.accumulate_dtype(x.dtype)
+    c = torch.ops.aten.convolution(
+        x.to(wide), weight.to(wide), None, stride, padding, dilation, transposed, output_padding, groups
+    )
+    return torch.empty_like(c, dtype=x.dtype), torch.empty_like(c) if save_conv else c.new_empty(0)
+
+
+def _conv_setup(ctx, inputs, output) -> None:
+    x, weight, in_scale, out_scale, noise, strength, bias, residual, *settings = inputs
+    ctx.geometry, ctx.act = Geometry(*settings[:6]), Activated(*settings[6:10])
+    ctx.residual_gain, ctx.save_conv, ctx.has_residual = settings[10], settings[11], residual is not None
+    y, c = output
+    if not ctx.save_conv:
+        ctx.mark_non_differentiable(c)
+    ctx.set_materialize_grads(False)
+    saved_y = None if ctx.act.act == "linear" and ctx.act.clamp is None else y
+    if not ctx.act.known_from_output(ctx.has_residual):
+        saved_y = None
+    ctx.save_for_backward(
+        x, weight, in_scale, out_scale, noise, strength, bias, saved_y, c if ctx.save_conv else None
+    )
+
+
+def _before_activation(ctx, grad_y: Tensor) -> Tensor:
+    """The cotangent of what the activation is applied to."""
+    act = ctx.act
+    if act.act == "linear" and act.clamp is None:
+        return grad_y if act.gain == 1.0 else grad_y * act.gain
+    x, weight, in_scale, out_scale, noise, strength, bias, y, _ = ctx.saved_tensors
+    if y is not None:
+        return activation_grad(grad_y, y, *act, True, 1)
+    z = _product(ctx)
+    z = z if out_scale is None else z * out_scale[:, :, None, None]
+    z = apply_epilogue(z, Epilogue(noise=noise, noise_strength=strength, bias=bias))
+    return activation_grad(grad_y, z, *act, False, 1)
+
+
+def _product(ctx) -> Tensor:
+    """conv(in_scale ⊙ x, weight): saved by the forward where the public function asked for it, else computed again."""
+    x, weight, in_scale, *_, c = ctx.saved_tensors
+    return c if c is not None else _linear(x, weight, in_scale, None, ctx.geometry, save_conv=True)[1]
+
+
+def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
+    x, weight, in_scale, out_scale, noise, strength, bias, y, c = ctx.saved_tensors
+    need_x, need_w, need_in, need_out, need_noise, need_strength, need_bias, need_residual = ctx.needs_input_grad[:8]
+    grads: list[Tensor | None] = [None] * 8
+    g, g_scale = None, None  # the cotangent of conv(in_scale ⊙ x, weight) is g_scale ⊙ g
+    if grad_y is not None:
+        g, g_scale = (_before_activation(ctx, grad_y), out_scale) if any(ctx.needs_input_grad[:7]) else (None, None)
+        grads[4:8] = _epilogue_grads(ctx, grad_y, g)
+        if need_out:
+            grads[3] = pixel_dot(g, _product(ctx)).sum_to_size(out_scale.shape)
+    if grad_c is not None:
+        scaled = 0 if g is None else (g if out_scale is None else g * out_scale[:, :, None, None])
+        g, g_scale = (grad_c + scaled).to(x.dtype), None
+    if g is None:
+        return (*grads, *[None] * 12)
+
+    if need_x or need_in:
+        adjoint = ctx.geometry.adjoint(x.shape[2:], g.shape[2:], weight.shape[2:])
+        grads[0], grads[2] = _linear_and_scale_grad(g, weight, g_scale, in_scale, adjoint, x if need_in else None)
+    if need_w:
+        big, big_scale, small, small_scale = (x, in_scale, g, g_scale)
+        if ctx.geometry.transposed:
+            big, big_scale, small, small_scale = (g, g_scale, x, in_scale)
+        grads[1] = weight_grad(big, small, big_scale, small_scale, weight.shape, *_weight_geometry(ctx.geometry))
+    return (*grads, *[None] * 12)
+
+
+def _epilogue_grads(ctx, grad_y: Tensor, g: Tensor | None) -> list[Tensor | None]:
+    """Gradients of noise, noise_strength, bias and residual."""
+    noise, strength = ctx.saved_tensors[4:6]
+    need_noise, need_strength, need_bias, need_residual = ctx.needs_input_grad[4:8]
+    grad_noise = grad_strength = grad_bias = grad_residual = None
+    if need_noise or need_strength:
+        over_channels = g.sum(1, keepdim=True, dtype=noise.dtype)
+        if need_noise:
+            grad_noise = (over_channels if strength is None else over_channels * strength).sum_to_size(noise.shape)
+        if need_strength:
+            grad_strength = (over_channels * noise).sum()
+    if need_bias:
+        grad_bias = g.sum((0, 2, 3), dtype=ctx.saved_tensors[6].dtype)
+    if need_residual:
+        grad_residual = grad_y * ctx.residual_gain
+    return [grad_noise, grad_strength, grad_bias, grad_residual]
+
+
+_conv_op = define(
+    _NAME,
+    "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor? noise, Tensor? noise_strength, Tensor? bias,"
+    " Tensor? residual, int[2] stride, int[2] padding, SymInt[2] output_padding, int[2] dilation, bool transposed, int groups,"
+    " str act, float alpha, float gain, float? clamp, float residual_gain, bool save_conv) -> (Tensor, Tensor)",
+    fallback=_conv_fallback,
+    fake=_conv_fake,
+    setup_context=_conv_setup,
+    backward=_conv_backward,
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastgan::scaled_conv2d_weight_grad: the gradient of the weight of conv(in_scale ⊙ x, w) against g_scale ⊙ g, bilinear in (x, g) and in
+# the scales. A transposed convolution's is the same with the roles of x and g swapped.
+
+
+def _weight_geometry(geometry: Geometry) -> tuple:
+    return geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+
+
+def _weight_fallback(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups):
+    wide = _check.accumulate_dtype(x.dtype)
+    x, g = x.to(wide), g.to(wide)
+    x = x if in_scale is None else x * in_scale[:, :, None, None]
+    g = g if g_scale is None else g * g_scale[:, :, None, None]
+    weight = x.new_empty(weight_size)
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+    )[1]
+
+
+def _weight_fake(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups):
+    return x.new_empty(weight_size, dtype=_check.accumulate_dtype(x.dtype))
+
+
+def _weight_setup(ctx, inputs, output) -> None:
+    x, g, in_scale, g_scale, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, g, in_scale, g_scale)
+
+
+def _weight_backward(ctx, grad: Tensor):
+    x, g, in_scale, g_scale = ctx.saved_tensors
+    need_x, need_g, need_in, need_g_scale = ctx.needs_input_grad[:4]
+    stride, padding, dilation, groups = ctx.geometry
+    forward = Geometry(tuple(stride), tuple(padding), (0, 0), tuple(dilation), False, groups)
+    weight = grad.to(x.dtype)
+    grad_x = grad_g = grad_in = grad_g_scale = None
+    if need_x or need_in:
+        adjoint = forward.adjoint(x.shape[2:], g.shape[2:], weight.shape[2:])
+        grad_x, grad_in = _linear_and_scale_grad(g, weight, g_scale, in_scale, adjoint, x if need_in else None)
+    if need_g or need_g_scale:
+        grad_g, grad_g_scale = _linear_and_scale_grad(
+            x, weight, in_scale, g_scale, forward, g if need_g_scale else None
+        )
+    return grad_x, grad_g, grad_in, grad_g_scale, None, None, None, None, None
+
+
+_weight_grad_op = define(
+    "scaled_conv2d_weight_grad",
+    "(Tensor x, Tensor g, Tensor? in_scale, Tensor? g_scale, SymInt[] weight_size, int[2] stride, int[2] padding,"
+    " int[2] dilation, int groups) -> Tensor",
+    fallback=_weight_fallback,
+    fake=_weight_fake,
+    setup_context=_weight_setup,
+    backward=_weight_backward,
+)
+
+
+def weight_grad(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups) -> Tensor:
+    """The weight's gradient in x's dtype, rounded once from the float32 that the op gives."""
+    return _weight_grad_op(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups).to(x.dtype)
