@@ -81,7 +81,9 @@ class PhotoSet:
         return (torch.stack(means).mean(0) / 255).float()
 
 
-def load_photos(folder: str | Path | None, *, size: int, seed: int, on_file: Callable[[str], None] | None = None) -> PhotoSet:
+def load_photos(
+    folder: str | Path | None, *, size: int, seed: int, on_file: Callable[[str], None] | None = None
+) -> PhotoSet:
     """The photographs of ``folder``, or those in scikit-image's wheel when it is None. Nothing is downloaded.
 
     Args:
