@@ -95,7 +95,9 @@ def measure_all(model: Pix2Pix, pairs: Pairs, on_part: Callable[[str], None]) ->
     on_part("training step")
     step = measure_step(model, twins, pairs)
     on_part("generator")
-    return Measurements(layers, tuple(len(pair.names) for pair in found), step, measure_generator(model, twins[0], pairs))
+    return Measurements(
+        layers, tuple(len(pair.names) for pair in found), step, measure_generator(model, twins[0], pairs)
+    )
 
 
 def measure_step(model: Pix2Pix, twins: tuple[nn.Module, nn.Module], pairs: Pairs) -> Contest:

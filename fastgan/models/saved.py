@@ -53,7 +53,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
 
     names = sorted(models.__all__)
     if description.get("class") not in names:
-        raise ValueError(f"load: {path} must name one of fastgan.models ({', '.join(names)}), got {description.get('class')!r}")
+        raise ValueError(
+            f"load: {path} must name one of fastgan.models ({', '.join(names)}), got {description.get('class')!r}"
+        )
     try:
         model = getattr(models, description["class"])(**description["arguments"])
         model.load_state_dict(state)
@@ -79,7 +81,9 @@ def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"load: {path} must be a file that torch.save wrote, got one that cannot be read: {error}") from error
+        raise ValueError(
+            f"load: {path} must be a file that torch.save wrote, got one that cannot be read: {error}"
+        ) from error
     if not isinstance(stored, dict) or KEY not in stored:
         raise ValueError(f"load: {path} must hold {KEY!r} beside its weights, got a file that fastgan did not save")
     return stored[KEY], stored["state_dict"]

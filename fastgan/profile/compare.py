@@ -1,4 +1,4 @@
-"""One question, answered on this device: does the fused layer compute the same, and how many milliseconds does it save?"""
+"""Does the fused layer compute the same, and how many milliseconds does it save? Answered on the device at hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgan.profile.parity import Function, Parity, check_parity
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found; ``print`` it. ``forward`` and ``training`` map "original" and "fused" to their timings."""
+    """What :func:`compare` found; ``print`` it. ``forward`` and ``training`` map "original" and "fused" to timings."""
 
     name: str
     parity: Parity
@@ -24,16 +24,17 @@ class Comparison:
     training: Mapping[str, Timing] | None
 
     def speedup(self, what: str = "forward") -> float:
-        """Median time of the original over that of the fused: above 1, fused is faster. ``what``: "forward", "training"."""
+        """Median time of the original over the fused one's: above 1, fused is faster. ``what``: forward or training."""
         timings = getattr(self, what)
         return timings["original"].median / timings["fused"].median
 
     def __str__(self) -> str:
         worst = self.parity.worst
         verdict = "within" if self.parity.within else "OUTSIDE"
+        errors = f"{worst.fused:.1e} from float64, original {worst.original:.1e}"
         lines = [
             f"{self.name}",
-            f"  parity    {verdict} bounds; worst {worst.name}: {worst.fused:.1e} from float64, original {worst.original:.1e}",
+            f"  parity    {verdict} bounds; worst {worst.name}: {errors}",
         ]
         for title, timings in (("forward", self.forward), ("training", self.training)):
             if timings is None:
@@ -58,7 +59,7 @@ def compare(
     backward: bool = True,
     seconds: float = 1.0,
 ) -> Comparison:
-    """Compare a computation with its fused form: numbers against float64, and interleaved times, on the device of the inputs.
+    """Compare a computation with its fused form: numbers against float64, and interleaved times, where the inputs are.
 
     Args:
         original: what there is today, a module or a function of tensors; it must also run in float64.

@@ -1,4 +1,4 @@
-"""Proof that a fused layer computes the same numbers: its distance from float64, beside plain PyTorch's own in the same dtype."""
+"""Proof that a fused layer computes the same numbers: its distance from float64, beside plain PyTorch's own."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 Function = Callable[..., Any] | nn.Module
 
-# A fused result passes when its error is at most twice eager torch's in the same dtype; the floor keeps a layer on which
-# eager happens to be exact (a copy, a sum of two) from failing by one rounding. It is two roundings of the dtype, relative.
+# A fused result passes when its error is at most twice eager torch's in the same dtype. The floor, two roundings of the
+# dtype, keeps a layer on which eager happens to be exact (a copy, a sum of two) from failing by one rounding.
 FACTOR = 2.0
 FLOOR_ROUNDINGS = 2.0
 
 
 @dataclass(frozen=True)
 class Error:
-    """One tensor's max-norm error, max|x − reference| / max|reference|, of the original and of the fused computation."""
+    """One tensor's max-norm error, max|x − reference| / max|reference|, of the original and of the fused one."""
 
     name: str
     original: float
@@ -52,11 +52,17 @@ class Parity:
 
 
 def check_parity(
-    original: Function, fused: Function, args: Sequence[Any], kwargs: Mapping[str, Any], *, backward: bool, seed: int = 0
+    original: Function,
+    fused: Function,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    backward: bool,
+    seed: int = 0,
 ) -> Parity:
     """Run both on the same inputs, and ``original`` in float64, and compare outputs and (``backward``) gradients.
 
-    Modules are copied first, so that running statistics and power iterations start equal and the caller's stay as they are.
+    Modules are copied first: running statistics and power iterations start equal, and the caller's stay as they are.
     Randomness (dropout) starts from the same seed in each run.
 
     Args:

@@ -1,7 +1,7 @@
-"""Plain PyTorch twins of the models: torch.nn layers, torch's spectral norm, torch's losses, and the same state-dict keys.
+"""Plain PyTorch twins of the models: torch.nn layers, torch's spectral norm and losses, and the same state-dict keys.
 
-What a measurement calls "plain PyTorch" is this file. It is written as a good practitioner would write it today, not to lose:
-in-place activations, no bias before a norm that removes it, one batch of real and fake per critic pass.
+What a measurement calls "plain PyTorch" is this file. It is written as a good practitioner would write it today, not
+to lose: in-place activations, no bias before a norm that removes it, one batch of real and fake per critic pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Outer(nn.Module):
 
 
 class UNet(nn.Module):
-    """The pix2pix U-Net (Isola et al. 2017, section 6.1.1), down to one pixel; same arguments and keys as models.UNetGenerator."""
+    """The pix2pix U-Net (Isola et al. 2017, section 6.1.1); same arguments and keys as models.UNetGenerator."""
 
     def __init__(
         self, in_channels: int = 3, out_channels: int = 3, width: int = 64, size: int = 256, norm: str = "batch"
@@ -71,7 +71,7 @@ class UNet(nn.Module):
 
 
 class PatchCritic(nn.Module):
-    """The n-layer patch critic of pix2pix with torch's own spectral norm; same arguments and keys as models.PatchGAN."""
+    """The n-layer patch critic of pix2pix, torch's own spectral norm; same arguments and keys as models.PatchGAN."""
 
     def __init__(
         self, in_channels: int, width: int = 64, layers: int = 3, norm: str = "instance", spectral: bool = True
@@ -101,7 +101,7 @@ class PatchCritic(nn.Module):
 
 
 def bce_adversarial(real: Tensor | None, fake: Tensor, side: str) -> Tensor:
-    """The vanilla GAN loss from torch's own binary cross-entropy, with ops.patch_loss's meaning: real + fake terms, no ½.
+    """The vanilla GAN loss from torch's own binary cross-entropy, as ops.patch_loss has it: real + fake terms, no ½.
 
     Args:
         real, fake: logits of any shape; ``real`` is None on the generator's side.

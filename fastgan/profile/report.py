@@ -85,12 +85,14 @@ def line_chart(values: Sequence[float]) -> str:
 
 
 def render_report(context: Mapping[str, Any]) -> str:
-    """The page. ``context`` is what templates/report.html.j2 names at its top. Needs jinja2; a missing name raises."""
+    """The page. ``context`` is what templates/report.html names at its top. Needs jinja2; a missing name raises."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"ms": _ms, "spread": _spread, "error": _error, "percent": _percent}
-    source = resources.files("fastgan.profile").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    source = resources.files("fastgan.profile").joinpath("templates/report.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(**context)
 
 

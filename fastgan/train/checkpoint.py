@@ -1,4 +1,4 @@
-"""Checkpoints that a crash, a kill or a full disk cannot damage: written beside the last one, synced, then renamed over it."""
+"""Checkpoints that a crash or a full disk cannot damage: written beside the last one, synced, then renamed over it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads photographs from disk: any mode that Pillow knows into 8-bit RGB, and a reason for every file that it cannot read."""
+"""Reads photographs: any mode that Pillow knows into 8-bit RGB, and a reason for every file that it cannot read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastgan.train.extras import require
 
-SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .gif .ppm .pgm .pnm .jp2".split())
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".jp2")
+)
 
 # What Pillow raises for a file that is damaged, or not what its name says (SyntaxError: a broken PNG).
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
@@ -23,7 +25,7 @@ class UnreadableImage(Exception):
 
 @dataclass(frozen=True)
 class Photo:
-    """One decoded image: ``pixels`` is uint8 [3, H, W], sRGB, channels last in memory (torch resizes that five times faster)."""
+    """One decoded image. ``pixels``: uint8 [3, H, W], sRGB, channels last in memory, as torch resizes fastest."""
 
     name: str
     pixels: Tensor = field(repr=False)
@@ -72,7 +74,7 @@ def _reason(error: BaseException, path: Path) -> str:
 
 
 def _to_rgb(image, image_module):
-    """``image`` as 8-bit RGB. Pillow's own convert clips 16-bit grey to white and drops alpha over unrelated colours."""
+    """``image`` as 8-bit RGB. Pillow's own convert clips 16-bit grey to white and shows colours under full alpha."""
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -88,6 +90,6 @@ def _to_rgb(image, image_module):
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every file under ``folder`` that is an image by its suffix, sorted by path, so that the order is the same everywhere."""
+    """Every file under ``folder`` that is an image by its suffix, sorted by path: the same order everywhere."""
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
     return sorted((path for path in paths if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())

@@ -1,8 +1,8 @@
-"""Conditional image-to-image training (Isola et al. 2017): a U-Net against a patch critic, plus λ·L1, one step at a time."""
+"""Conditional image-to-image training (Isola et al. 2017): a U-Net against a patch critic, plus λ·L1, step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class Pix2PixConfig:
     width: int = 32  # the generator's channels at full resolution
     critic_width: int = 32
     critic_layers: int = 3
-    norm: str = "instance"
+    norm: str = "batch"
     batch: int = 4
     seed: int = 0
     lr_generator: float = 1e-4
@@ -127,3 +127,27 @@ class Ema:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, sketches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of batch norms by exact averages over ``sketches``, with dropout off.
+
+    Averaged weights never saw the activations that they make, and running statistics of small batches follow the last
+    few of them: both make evaluation worse than the weights are. The model's mode is restored.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
+    training, momenta = model.training, [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        # None is torch's cumulative average: every batch counts the same.
+        norm.momentum = None
+        norm.train()
+    for sketch in sketches:
+        model(sketch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(training)

@@ -21,7 +21,8 @@ def describe_step(session: Session, speed: float) -> str:
     """The latest losses and the speed, in one line."""
     history = session.history
     critic, adversarial, l1 = (
-        sum(values[-WINDOW:]) / max(1, len(values[-WINDOW:])) for values in (history.critic, history.adversarial, history.l1)
+        sum(values[-WINDOW:]) / max(1, len(values[-WINDOW:]))
+        for values in (history.critic, history.adversarial, history.l1)
     )
     return f"step {session.step}  L1 {l1:.3f}  adversarial {adversarial:.2f}  critic {critic:.2f}  {speed:.1f} images/s"
 

@@ -22,7 +22,7 @@ SAVE_EVERY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Limit:
-    """Where training stops: after so many steps or so many seconds of it, counted over all runs. One of the two is None."""
+    """Where training stops: after so many steps or seconds of it, counted over all runs. One of the two is None."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -129,7 +129,8 @@ class Session:
             value = float(getattr(losses, name))
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"quickstart: the {name} loss must be finite, got {value} at step {self.step}; the last checkpoint is from before"
+                    f"quickstart: the {name} loss must be finite, got {value} at step {self.step}; the last checkpoint is "
+                    "from before"
                 )
             values.append(value)
 

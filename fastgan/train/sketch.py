@@ -1,7 +1,7 @@
 """Photographs into soft line drawings: the input side of the sketch -> photo task.
 
-Two parts, as a person draws them: pencil lines where the picture is darker than its surround, and one grey wash over what
-is dark altogether. Both are differences of Gaussians with a soft threshold, after Winnemöller, Kyprianidis and Olsen,
+Two parts, as a person draws them: pencil lines where the picture is darker than its surround, and one grey wash over
+what is dark altogether. Both are differences of Gaussians with a soft threshold, after Winnemöller, Kyprianidis and Olsen,
 "XDoG: an eXtended difference-of-Gaussians compendium" (2012), eq. 5 and 7.
 """
 
@@ -45,7 +45,7 @@ def _blur_matrix(size: int, sigma: float) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of ``x [N, 1, H, W]`` with reflected borders; ``sigma`` in pixels, H and W above 3·sigma + 1.
 
-    As two products with a band matrix: at the size of a crop that is several times faster than a convolution with one channel.
+    As two products with a band matrix: for a crop that is several times faster than a convolution with one channel.
     """
     height, width = x.shape[-2:]
     return _blur_matrix(height, sigma) @ x @ _blur_matrix(width, sigma).T
