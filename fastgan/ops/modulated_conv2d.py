@@ -1,0 +1,198 @@
+"""StyleGAN's modulated convolution: two scale matrices around one convolution, resampling and an epilogue behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.ops import _check
+from fastgan.ops.scaled_conv2d import scaled_conv2d
+from fastgan.ops.upfirdn2d import check_epilogue, check_filter, filter_size, upfirdn2d
+from fastgan.reference import modulated_conv2d as reference
+from fastgan.reference.epilogue import Epilogue
+
+_PRENORMALIZE = ("auto", "none", "stylegan2_fp16", "stylegan3")
+
+
+def _cpp_can_run(device: torch.device, dtype: torch.dtype, *, resampled: bool) -> str | None:
+    if resampled:
+        return "up and down need upfirdn2d, which has no C++ kernel (the convolution itself chooses on its own)"
+    return backends.cpp_can_run(device, dtype)
+
+
+_CAN_RUN = {"cpp": _cpp_can_run, "reference": backends.always}
+
+
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    *,
+    demodulate: bool = True,
+    up: int = 1,
+    down: int = 1,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] = 0,
+    resample_filter: Tensor | None = None,
+    eps: float = 1e-8,
+    input_gain: float | Tensor | None = None,
+    prenormalize: str = "auto",
+    flip_weight: bool | None = None,
+    epilogue: Epilogue | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve each sample with the weight scaled by its style, normalised to unit gain, resampling before or after.
+
+        y[n, o] = epilogue(d[n, o] · Σ_i weight[o, i] ∗ (style[n, i] · input_gain[n, i] · x[n, i]))
+        d[n, o] = rsqrt(Σ_i style[n, i]² · Σ_kk weight[o, i]² + eps)            if demodulate, else 1
+
+    The style scales the input and d the output of one ordinary convolution, so weights per sample are never formed. up
+    runs as a transposed convolution and then the filter with gain up²; down filters and then convolves with stride
+    ``down``; a 1×1 kernel convolves at the smaller size. Half types accumulate in float32; d is computed in float32
+    from ``weight`` as it is given. Autocast casts ``x`` and ``weight`` only; a ``weight`` of another dtype than ``x``'s
+    is cast to it.
+
+    Args:
+        x: [N, C_in, H, W], floating point; N may be 0.
+        weight: [C_out, C_in, k_h, k_w], any floating dtype.
+        style: [N, C_in], any floating dtype. A row of zeros gives zeros before the epilogue, never NaN.
+        demodulate: whether to normalise by d.
+        up, down: factors ≥ 1, not both above 1.
+        padding: pixels ≥ 0 of the image that the kernel runs over (the upsampled one; before the downsampling): an int,
+            (h, w) or (left, right, top, bottom). What centres the resampling filter is added to it.
+        resample_filter: [fh, fw] or separable [taps], summing to 1, for up and down; None is one tap of 1.
+        eps: > 0, added under d's root.
+        input_gain: a further factor on the input that d does not see (StyleGAN3's magnitude_ema): a number, 0-dim,
+            [C_in] or [N, C_in].
+        prenormalize: how weight and style are normalised before demodulation, which changes only how eps acts.
+            "none": not at all. "stylegan2_fp16": weight by √(C_in·k²) · max|weight[o]|, style by max|style[n]|.
+            "stylegan3": weight by the root mean square of weight[o], style by that of all of style.
+            "auto": stylegan2_fp16 if x (after autocast) is float16, else none, as StyleGAN2 does.
+        flip_weight: True correlates (as torch.nn.functional.conv2d), False convolves; None is what StyleGAN2 trains:
+            (up == 1).
+        epilogue: what follows, at the output's size: noise, bias [C_out], activation, clamp, residual.
+        backend: see :func:`fastgan.backend`. "cpp" covers up = down = 1.
+
+    Returns:
+        [N, C_out, out_h, out_w], ``x``'s dtype (autocast's, under autocast).
+
+    Raises:
+        ValueError: wrong shapes or factors, an output without pixels, a backend that cannot run.
+        TypeError: an argument that must be a tensor is not.
+
+    Gradients: 1st and 2nd order for x, weight, style, input_gain and the epilogue's tensors; any order on the
+    reference.
+
+    Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, equations 1 and 3;
+    "Alias-Free Generative Adversarial Networks", 2021, section 3.2 (input_gain, stylegan3).
+    """
+    op = "modulated_conv2d"
+    sides = _check_options(op, up, down, padding, eps, prenormalize)
+    _check_operands(op, x, weight, style, input_gain)
+    check_filter(op, "resample_filter", resample_filter, x)
+    kernel, taps = (weight.shape[3], weight.shape[2]), filter_size(resample_filter)
+    height, width = _output_size(op, x, kernel, taps, up, down, sides)
+    if epilogue is not None:
+        check_epilogue(op, epilogue, x, (x.shape[0], weight.shape[0], height, width))
+    (x,) = _check.autocast(x)
+    if prenormalize == "auto":
+        prenormalize = "stylegan2_fp16" if x.dtype == torch.float16 else "none"
+    resampled = up > 1 or down > 1
+    backends.choose(op, backend, _CAN_RUN, x.device, x.dtype, resampled=resampled)
+
+    in_scale, out_scale = reference.modulation_scales(
+        weight, style, demodulate=demodulate, eps=eps, prenormalize=prenormalize, input_gain=input_gain
+    )
+    weight = weight.to(x.dtype)
+    if flip_weight is None:
+        flip_weight = up == 1
+    pointwise = kernel == (1, 1)
+
+    if not resampled:
+        weight = weight if flip_weight else weight.flip((2, 3))
+        return scaled_conv2d(x, weight, in_scale, out_scale, padding=sides, epilogue=epilogue, backend=backend)
+    if down > 1:
+        weight = weight if flip_weight else weight.flip((2, 3))
+        fir_padding = reference.downsampling_padding(sides, taps, down)
+        fir_down, stride = (down, 1) if pointwise else (1, down)
+        x = upfirdn2d(x, resample_filter, down=fir_down, padding=fir_padding, backend=backend)
+        return scaled_conv2d(x, weight, in_scale, out_scale, stride=stride, epilogue=epilogue, backend=backend)
+    if pointwise:
+        x = scaled_conv2d(x, weight, in_scale, out_scale, backend=backend)
+        fir_up, fir_padding = up, reference.upsampling_padding(sides, taps, up)
+    else:
+        # A transposed convolution spreads its weight as it is, which is a convolution with it, not a correlation.
+        weight = (weight.flip((2, 3)) if flip_weight else weight).transpose(0, 1)
+        x = scaled_conv2d(x, weight, in_scale, out_scale, stride=up, transposed=True, backend=backend)
+        fir_up, fir_padding = 1, reference.transposed_filter_padding(sides, kernel, taps, up)
+    return upfirdn2d(
+        x, resample_filter, up=fir_up, padding=fir_padding, gain=up * up, epilogue=epilogue, backend=backend
+    )
+
+
+def _check_options(
+    op: str, up: int, down: int, padding: int | tuple[int, ...], eps: float, prenormalize: str
+) -> reference.Sides:
+    """The options make sense by themselves; returns the padding as (left, right, top, bottom)."""
+    for name, factor in (("up", up), ("down", down)):
+        if not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"{op}: {name} must be an int >= 1, got {factor}")
+    if up > 1 and down > 1:
+        raise ValueError(f"{op}: up or down must be 1, got {up} and {down}")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be above 0, got {eps}")
+    _check.one_of(op, "prenormalize", prenormalize, _PRENORMALIZE)
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    if len(sides) == 2:
+        sides = (sides[1], sides[1], sides[0], sides[0])
+    if len(sides) != 4 or not all(isinstance(v, int) and v >= 0 for v in sides):
+        raise ValueError(
+            f"{op}: padding must be an int, (h, w) or (left, right, top, bottom), each at least 0, got {padding}"
+        )
+    return sides
+
+
+def _check_operands(op: str, x: Tensor, weight: Tensor, style: Tensor, input_gain: float | Tensor | None) -> None:
+    """The tensors fit each other."""
+    _check.tensor(op, "x", x, ndim=4)
+    _check.tensor(op, "weight", weight, ndim=4)
+    _check.tensor(op, "style", style)
+    n, channels = x.shape[:2]
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x must have C_in, H and W of at least 1, got {list(x.shape)}")
+    if weight.shape[1] != channels or 0 in weight.shape:
+        raise ValueError(f"{op}: weight must be [C_out, C_in = {channels}, k_h, k_w], got {list(weight.shape)}")
+    if list(style.shape) != [n, channels]:
+        raise ValueError(f"{op}: style must be [N, C_in] = [{n}, {channels}], got {list(style.shape)}")
+    gain = input_gain if isinstance(input_gain, Tensor) else None
+    if gain is not None:
+        _check.tensor(op, "input_gain", gain)
+        if list(gain.shape) not in ([], [channels], [n, channels]):
+            raise ValueError(
+                f"{op}: input_gain must be a number, 0-dim, [C_in] = [{channels}] or [N, C_in] = [{n}, {channels}], "
+                f"got {list(gain.shape)}"
+            )
+    _check.same_device(op, x=x, weight=weight, style=style, input_gain=gain)
+
+
+def _output_size(
+    op: str, x: Tensor, kernel: tuple[int, int], taps: tuple[int, int], up: int, down: int, padding: reference.Sides
+) -> tuple[int, int]:
+    """(height, width) of the result, at least one pixel each; ``kernel`` and ``taps`` are (x, y)."""
+    centred = padding
+    if up > 1:
+        centred = reference.upsampling_padding(padding, taps, up)
+    elif down > 1:
+        centred = reference.downsampling_padding(padding, taps, down)
+    reach = taps if up > 1 or down > 1 else (1, 1)
+    sizes = []
+    for axis, sides in ((1, centred[2:]), (0, centred[:2])):
+        covered = x.shape[3 - axis] * up + sum(sides) - (reach[axis] - 1) - (kernel[axis] - 1)
+        sizes.append((covered - 1) // down + 1)
+    if min(sizes) < 1:
+        raise ValueError(
+            f"{op}: x must be large enough for a result of at least 1x1, got {list(x.shape)} with kernel "
+            f"{[kernel[1], kernel[0]]}, up {up}, down {down} and padding {list(padding)}, which gives "
+            f"{sizes[0]}x{sizes[1]}"
+        )
+    return sizes[0], sizes[1]

@@ -1,0 +1,158 @@
+"""bias_act against the activations' definitions, in value, first and second order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastgan
+from fastgan import ops
+
+DEFINITIONS = {
+    "linear": (lambda z, a: z, 1.0),
+    "relu": (lambda z, a: max(z, 0.0), math.sqrt(2)),
+    "lrelu": (lambda z, a: z if z > 0 else a * z, math.sqrt(2)),
+    "tanh": (lambda z, a: math.tanh(z), 1.0),
+    "sigmoid": (lambda z, a: 1 / (1 + math.exp(-z)), 1.0),
+    "elu": (lambda z, a: z if z > 0 else math.expm1(z), 1.0),
+    "selu": (
+        lambda z, a: 1.0507009873554805 * (z if z > 0 else 1.6732632423543772 * math.expm1(z)),
+        1.0,
+    ),
+    "softplus": (lambda z, a: math.log1p(math.exp(z)), 1.0),
+    "swish": (lambda z, a: z / (1 + math.exp(-z)), math.sqrt(2)),
+}
+
+
+def by_definition(x: Tensor, b: Tensor, act: str, alpha: float, gain: float | None, clamp: float | None) -> Tensor:
+    """One number at a time, with Python's own arithmetic; the bias runs along dimension 1."""
+    function, default = DEFINITIONS[act]
+    result = torch.empty_like(x)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).tolist():
+        value = function(x[tuple(index)].item() + b[index[1]].item(), alpha) * (default if gain is None else gain)
+        result[tuple(index)] = value if clamp is None else min(max(value, -clamp), clamp)
+    return result
+
+
+def operands(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
+    return x, torch.randn(shape[1], generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("act", DEFINITIONS)
+@pytest.mark.parametrize(("alpha", "gain", "clamp"), [(None, None, None), (0.3, 1.7, 0.8), (None, -0.5, 256.0)])
+def test_against_the_definition(act: str, alpha: float | None, gain: float | None, clamp: float | None) -> None:
+    x, b = operands(2, 3, 5, 7)
+    want = by_definition(x, b, act, 0.2 if alpha is None else alpha, gain, clamp)
+    got = ops.bias_act(x, b, act=act, alpha=alpha, gain=gain, clamp=clamp)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("act", DEFINITIONS)
+@pytest.mark.parametrize("clamp", [None, 0.8])
+def test_first_and_second_order(act: str, clamp: float | None) -> None:
+    x, b = (t.requires_grad_() for t in operands(2, 3, 4))
+    assert gradcheck(lambda x, b: ops.bias_act(x, b, act=act, clamp=clamp), (x, b))
+    assert gradgradcheck(lambda x, b: ops.bias_act(x, b, act=act, clamp=clamp), (x, b))
+
+
+def test_gradient_is_zero_where_the_clamp_holds() -> None:
+    x = torch.tensor([-3.0, -0.5, 0.5, 3.0], requires_grad=True)
+    ops.bias_act(x, act="linear", gain=2, clamp=2.0).sum().backward()
+    assert x.grad.tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_bias_runs_along_dim(dim: int) -> None:
+    x = torch.randn(3, 4, 5)
+    b = torch.randn(x.shape[dim])
+    want = (x.movedim(dim, -1) + b).movedim(-1, dim)
+    assert torch.equal(ops.bias_act(x, b, dim=dim), want)
+    assert torch.equal(ops.bias_act(x, dim=dim), x)
+
+
+@pytest.mark.parametrize("act", DEFINITIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_half_types_are_rounded_once(act: str, dtype: torch.dtype) -> None:
+    x, b = operands(2, 3, 31)
+    x, b = x.to(dtype), b.float()
+    got = ops.bias_act(x, b, act=act, gain=1.3, clamp=2.5)
+    want = ops.bias_act(x.double(), b.double(), act=act, gain=1.3, clamp=2.5)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=torch.finfo(torch.float32).eps)
+
+
+def test_layouts_and_empty() -> None:
+    x, b = operands(2, 8, 5, 7)
+    want = ops.bias_act(x, b, act="swish")
+    last = ops.bias_act(x.contiguous(memory_format=torch.channels_last), b, act="swish")
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, want)
+    wide = torch.full((2, 8, 5, 15), float("nan"), dtype=x.dtype)
+    wide[..., ::2][..., :7] = x
+    assert torch.equal(ops.bias_act(wide[..., ::2][..., :7], b, act="swish"), want)
+    assert torch.equal(ops.bias_act(x[:1].expand(3, -1, -1, -1), b, act="swish"), want[:1].expand(3, -1, -1, -1))
+    empty, b = x[:0].requires_grad_(), b.requires_grad_()
+    y = ops.bias_act(empty, b, act="lrelu")
+    y.sum().backward()
+    assert y.shape == (0, 8, 5, 7)
+    assert not b.grad.any()
+
+
+@pytest.mark.parametrize("act", DEFINITIONS)
+def test_large_values_and_nan(act: str) -> None:
+    x = torch.tensor([-1e4, -100.0, 100.0, 1e4, float("nan")], requires_grad=True)
+    y = ops.bias_act(x, act=act)
+    (grad,) = torch.autograd.grad(y[:4].sum(), x)
+    assert y[:4].isfinite().all()
+    assert grad.isfinite().all()
+    assert y[4].isnan()
+
+
+def test_compiles_without_breaks() -> None:
+    x, b = (t.requires_grad_() for t in operands(2, 3, 5, 7))
+
+    def function(x: Tensor, b: Tensor) -> Tensor:
+        return ops.bias_act(x, b, act="lrelu", clamp=2.0)
+
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(x, b)
+    want = function(x, b)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), (x, b)) for y in (got, want)))
+
+
+def test_backend_choice() -> None:
+    assert fastgan.explain(ops.bias_act, torch.ones(2)).backend == "reference"
+    with pytest.raises(ValueError, match=r"bias_act: backend 'cuda' .* has no kernel for this op"):
+        ops.bias_act(torch.ones(2, 3), backend="cuda")
+    with fastgan.backend("triton"), pytest.raises(ValueError, match="bias_act: backend 'triton'"):
+        ops.bias_act(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"b": torch.ones(4)}, r"b must be \[C\] = \[3\], got \[4\]"),
+        ({"b": torch.ones(1, 3)}, r"b must be \[C\] = \[3\], got \[1, 3\]"),
+        ({"b": torch.ones(3), "dim": 2}, r"dim must be within -2 .. 1 for x \[2, 3\], got 2"),
+        ({"x": torch.ones(2, 3, 0)}, r"x must not be empty beyond dimension 0, got \[2, 3, 0\]"),
+        ({"x": torch.ones(2, 3, dtype=torch.int32)}, r"x must be floating point, got torch.int32"),
+        ({"act": "gelu"}, "act must be one of linear, relu, .*, got 'gelu'"),
+        ({"clamp": 0}, "clamp must be above 0 or None, got 0"),
+        ({"clamp": float("nan")}, "clamp must be above 0 or None, got nan"),
+        ({"b": torch.ones(3, device="meta")}, "b must be on cpu like x, got meta"),
+    ],
+)
+def test_error_text(change: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=f"bias_act: {text}"):
+        ops.bias_act(**{"x": torch.ones(2, 3), **change})
+
+
+def test_type_error() -> None:
+    with pytest.raises(TypeError, match="bias_act: x must be a Tensor, got list"):
+        ops.bias_act([1.0])
