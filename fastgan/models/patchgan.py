@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from fastgan.models._layers import ConvAct, initialise, initialise_norm, make_norm, norm_then_act
+from fastgan.models._layers import ConvAct, conv_norm_act, initialise, initialise_norm, make_norm
 
 
 class PatchGAN(nn.Module):
@@ -79,9 +79,10 @@ class PatchGAN(nn.Module):
             raise ValueError(f"PatchGAN: x must have H and W of at least {least}, got {list(x.shape)}")
         maps: list[Tensor] = []
         for conv, norm in self._stages:
-            x = self.model[conv](x)
-            if norm is not None:
-                x = norm_then_act(self.model[norm], x, "lrelu")
+            if norm is None:
+                x = self.model[conv](x)
+            else:
+                x = conv_norm_act(self.model[conv], self.model[norm], x, "lrelu")
             if features:
                 maps.append(x)
         return maps if features else x
