@@ -32,6 +32,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # Distribution -> the module that it is imported as, where the two names differ.
 MODULE_OF = {"pillow": "PIL", "scikit-image": "skimage"}
+# Functions that take a module by name: fastgan.train.extras.require and the one that finds without importing.
+BY_NAME = ("require", "importlib.util.find_spec")
 BUILT = (".so", ".pyc", "_build_info.json")
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "fastgan", "kernels", "csrc")
 
@@ -141,8 +143,8 @@ def third_party_imports() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("require", "extras.require"):
-                found.add(ast.literal_eval(node.args[0]).split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+                found |= {arg.value.split(".")[0] for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return found - set(sys.stdlib_module_names) - {"fastgan"}
 
 
