@@ -110,7 +110,7 @@ def test_large_values_and_nan(act: str) -> None:
     y = ops.bias_act(x, act=act)
     (grad,) = torch.autograd.grad(y[:4].sum(), x)
     assert y[:4].isfinite().all()
-    assert grad.isfinite().all()
+    assert grad[:4].isfinite().all()
     assert y[4].isnan()
 
 

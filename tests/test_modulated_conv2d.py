@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def per_sample(x: Tensor, weight: Tensor, style: Tensor, convolve, *, demodulate: bool, eps: float) -> Tensor:
-    """Equations 1 and 3: w'[n, o, i] = style[n, i] · w[o, i]; w'' = w' / √(Σ_{i,kk} w'² + eps); one convolution each."""
+    """Equations 1 and 3: w' = style[n, i] · w[o, i], w'' = w' / √(Σ_{i,kk} w'² + eps); one convolution for each n."""
     results = []
     for i in range(len(x)):
         modulated = weight * style[i][None, :, None, None]

@@ -29,8 +29,14 @@ class ConvAct(nn.Conv2d):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        epilogue = ops.Epilogue(bias=self.bias, **activation(self.act))
-        return ops.scaled_conv2d(x, self.weight, stride=self.stride, padding=self.padding, epilogue=epilogue)
+        return self.convolve(x, None, self.bias, self.act)
+
+    def convolve(self, x: Tensor, out_scale: Tensor | None, bias: Tensor | None, act: str) -> Tensor:
+        """act(out_scale ⊙ conv(x) + bias) with another scale, bias and activation than the layer's own."""
+        epilogue = ops.Epilogue(bias=bias, **activation(act))
+        return ops.scaled_conv2d(
+            x, self.weight, out_scale=out_scale, stride=self.stride, padding=self.padding, epilogue=epilogue
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"
@@ -44,9 +50,19 @@ class UpConvAct(nn.ConvTranspose2d):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        epilogue = ops.Epilogue(bias=self.bias, **activation(self.act))
+        return self.convolve(x, None, self.bias, self.act)
+
+    def convolve(self, x: Tensor, out_scale: Tensor | None, bias: Tensor | None, act: str) -> Tensor:
+        """As :meth:`ConvAct.convolve`."""
+        epilogue = ops.Epilogue(bias=bias, **activation(act))
         return ops.scaled_conv2d(
-            x, self.weight, stride=self.stride, padding=self.padding, transposed=True, epilogue=epilogue
+            x,
+            self.weight,
+            out_scale=out_scale,
+            stride=self.stride,
+            padding=self.padding,
+            transposed=True,
+            epilogue=epilogue,
         )
 
     def extra_repr(self) -> str:
@@ -58,21 +74,45 @@ def make_norm(norm: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.InstanceNorm2d(channels)
 
 
-def norm_then_act(norm: nn.Module, x: Tensor, act: str) -> Tensor:
-    """``act(norm(x))``, fused where ``norm`` is torch's own BatchNorm2d or InstanceNorm2d without hooks.
+def conv_norm_act(conv: nn.Module, norm: nn.Module, x: Tensor, act: str) -> Tensor:
+    """``act(norm(conv(x)))`` in as few passes as the layers allow.
 
-    The layers stay torch's, so their keys, their type and what others do to them stay too: one that was exchanged (for
-    SyncBatchNorm, say) or hooked is called as it is, and the activation follows.
+    A batch norm that evaluates is a factor and a shift per channel: then all three are one call. Else the convolution
+    is one and normalisation and activation are one, where ``norm`` is torch's own BatchNorm2d or InstanceNorm2d. The
+    norms stay torch's layers, so their keys, their type and what others do to them stay too: one that was exchanged
+    (for SyncBatchNorm, say) or hooked is called as it is, and the activation follows; a hooked convolution gives its
+    own result to the hook.
     """
-    hooked = bool(norm._forward_hooks or norm._forward_pre_hooks)
-    if type(norm) is nn.BatchNorm2d and not hooked:
-        running = _advance(norm)
+    if type(norm) not in (nn.BatchNorm2d, nn.InstanceNorm2d) or _hooked(norm):
+        return ops.bias_act(norm(conv(x)), **activation(act))
+    if type(norm) is nn.InstanceNorm2d:
+        if norm.track_running_stats:
+            return ops.bias_act(norm(conv(x)), **activation(act))
         return ops.norm_act(
-            x, kind="batch", weight=norm.weight, bias=norm.bias, running=running, eps=norm.eps, **activation(act)
+            conv(x), kind="instance", weight=norm.weight, bias=norm.bias, eps=norm.eps, **activation(act)
         )
-    if type(norm) is nn.InstanceNorm2d and not hooked and not norm.track_running_stats:
-        return ops.norm_act(x, kind="instance", weight=norm.weight, bias=norm.bias, eps=norm.eps, **activation(act))
-    return ops.bias_act(norm(x), **activation(act))
+    foldable = isinstance(conv, (ConvAct, UpConvAct)) and conv.act == "linear" and not _hooked(conv)
+    if foldable and not norm.training and norm.running_mean is not None:
+        return conv.convolve(x, *_scale_and_shift(norm, conv.bias), act)
+    running = _advance(norm)
+    return ops.norm_act(
+        conv(x), kind="batch", weight=norm.weight, bias=norm.bias, running=running, eps=norm.eps, **activation(act)
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Batch norm in evaluation, after a convolution with a bias: conv → scale · conv + shift, each [C]."""
+    wide = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    mean = norm.running_mean if conv_bias is None else norm.running_mean - conv_bias
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 def _advance(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float] | None:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from fastgan.models._layers import (
     ConvAct,
     UpConvAct,
+    conv_norm_act,
     initialise,
     initialise_norm,
     make_norm,
-    norm_then_act,
 )
 
 _DROPOUT = 0.5
@@ -27,9 +27,9 @@ class UNetGenerator(nn.Module):
     the other way round.
 
     Each map is activated where it is made: convolution, bias and activation are one call where no normalisation stands
-    between them, normalisation and activation are one call elsewhere. A map z on a skip connection is wanted twice, as
-    lrelu(z) by the next convolution and as relu(z) by the transposed one; since relu(lrelu(z)) = relu(z), z itself is
-    never kept.
+    between them, normalisation and activation are one call elsewhere; a batch norm that evaluates is folded into the
+    call of its convolution. A map z on a skip connection is wanted twice, as lrelu(z) by the next convolution and as
+    relu(z) by the transposed one; since relu(lrelu(z)) = relu(z), z itself is never kept.
 
     Args:
         in_channels, out_channels: channels of input and output images.
@@ -129,8 +129,8 @@ class _Middle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         model = self.model
-        y = model["3"](norm_then_act(model["2"], model["1"](x), "lrelu"))
-        y = norm_then_act(model["6"], model["5"](y), "relu")
+        y = model["3"](conv_norm_act(model["1"], model["2"], x, "lrelu"))
+        y = conv_norm_act(model["5"], model["6"], y, "relu")
         if self.dropout:
             # Pix2Pix drops before its ReLU: the same numbers, as dropping only multiplies by 0 or 2.
             y = F.dropout(y, _DROPOUT, self.training)
@@ -152,5 +152,5 @@ class _Innermost(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         model = self.model
-        y = norm_then_act(model["4"], model["3"](model["1"](x)), "relu")
+        y = conv_norm_act(model["3"], model["4"], model["1"](x), "relu")
         return torch.cat([torch.relu(x), y], 1)

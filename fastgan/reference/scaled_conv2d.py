@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgan.reference._precision import compute_dtype, full_precision
 from fastgan.reference.epilogue import Epilogue, apply_epilogue
 
 
@@ -36,14 +36,15 @@ def scaled_conv2d(
     Half types are computed in float32 and rounded once, at the end. A transposed convolution takes (left, right, top, bottom)
     with left = right and top = bottom.
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x)
     c, w = x.to(compute), weight.to(compute)
     if in_scale is not None:
         c = c * in_scale.to(compute)[:, :, None, None]
-    if transposed:
-        c = F.conv_transpose2d(c, w, None, stride, (padding[2], padding[0]), output_padding, groups, dilation)
-    else:
-        c = F.conv2d(pad_input(c, padding, padding_mode), w, None, stride, 0, dilation, groups)
+    with full_precision(x):
+        if transposed:
+            c = F.conv_transpose2d(c, w, None, stride, (padding[2], padding[0]), output_padding, groups, dilation)
+        else:
+            c = F.conv2d(pad_input(c, padding, padding_mode), w, None, stride, 0, dilation, groups)
     if out_scale is not None:
         c = c * out_scale.to(compute)[:, :, None, None]
     return apply_epilogue(c, epilogue).to(x.dtype)
