@@ -1,6 +1,28 @@
 """fastgan: fused layers, proof of parity and latency, and a trainer for one-pass image generators."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fastgan.backends import backend, explain
 
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
 __version__ = "0.1.0"
-__all__ = ["backend", "explain", "__version__"]
+__all__ = ["backend", "explain", "load", "__version__"]
+
+
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """Rebuild a generator that fastgan saved (``.safetensors`` or ``.pth``), in eval mode; see models.saved.load.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a generator saved by fastgan, or its weights do not fit the model that it names.
+    """
+    # Imported here: models bring in every layer, and ``import fastgan`` should not.
+    from fastgan.models import saved
+
+    return saved.load(path, device=device)

@@ -73,7 +73,9 @@ class Decision:
     op: str
     backend: str
     chosen_by: str
-    reasons: Mapping[str, str | None]  # backend -> why it cannot run, None if it can; a missing backend has no such kernel
+    reasons: Mapping[
+        str, str | None
+    ]  # backend -> why it cannot run, None if it can; a missing backend has no such kernel
 
     def __str__(self) -> str:
         lines = [f"{self.op} runs on {self.backend} ({self.chosen_by})"]

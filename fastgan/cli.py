@@ -16,6 +16,7 @@ import fastgan
 # Subcommand -> (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("fastgan.doctor", "print versions, devices and which backends are available"),
+    "quickstart": ("fastgan.quickstart", "train a small sketch-to-photo generator here and measure the fused layers"),
 }
 
 

@@ -1,0 +1,160 @@
+"""Proof that a fused layer computes the same numbers: its distance from float64, beside plain PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+Function = Callable[..., Any] | nn.Module
+
+# A fused result passes when its error is at most twice eager torch's in the same dtype. The floor, two roundings of the
+# dtype, keeps a layer on which eager happens to be exact (a copy, a sum of two) from failing by one rounding.
+FACTOR = 2.0
+FLOOR_ROUNDINGS = 2.0
+
+
+@dataclass(frozen=True)
+class Error:
+    """One tensor's max-norm error, max|x − reference| / max|reference|, of the original and of the fused one."""
+
+    name: str
+    original: float
+    fused: float
+    floor: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the fused error is at most twice the original's, or within the floor. A NaN is neither."""
+        return self.fused <= max(FACTOR * self.original, self.floor)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The errors of all outputs and gradients of one comparison."""
+
+    errors: tuple[Error, ...]
+
+    @property
+    def worst(self) -> Error:
+        """The tensor whose fused error is largest against what it may be."""
+        return max(self.errors, key=lambda error: (not error.within, error.fused / max(error.floor, error.original)))
+
+    @property
+    def within(self) -> bool:
+        """Whether every tensor is within its bound."""
+        return all(error.within for error in self.errors)
+
+
+def check_parity(
+    original: Function,
+    fused: Function,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    backward: bool,
+    seed: int = 0,
+) -> Parity:
+    """Run both on the same inputs, and ``original`` in float64, and compare outputs and (``backward``) gradients.
+
+    Modules are copied first: running statistics and power iterations start equal, and the caller's stay as they are.
+    Randomness (dropout) starts from the same seed in each run.
+
+    Args:
+        original, fused: modules or functions; the same positional and keyword arguments fit both.
+        args, kwargs: example arguments; floating tensors take part in the gradients.
+        backward: compare the gradients too, against one random cotangent.
+        seed: of the cotangent and of any dropout.
+
+    Raises:
+        ValueError: the two do not return tensors of the same shapes.
+    """
+    reference = _run(original, args, kwargs, torch.float64, backward, seed)
+    plain = _run(original, args, kwargs, None, backward, seed)
+    ours = _run(fused, args, kwargs, None, backward, seed)
+    return against_reference(reference, plain, ours)
+
+
+def against_reference(
+    reference: Mapping[str, Tensor], original: Mapping[str, Tensor], fused: Mapping[str, Tensor]
+) -> Parity:
+    """Errors of two computations against a third: tensors by name, ``reference`` in float64.
+
+    Names that only ``reference`` and ``original`` have are left out, unless they are outputs.
+
+    Raises:
+        ValueError: an output is missing from ``fused``, or a shape differs.
+    """
+    errors = []
+    for name, exact in reference.items():
+        if name not in fused:
+            if name.startswith("output"):
+                raise ValueError(f"compare: fused must return what original does, got no {name}")
+            continue
+        if fused[name].shape != exact.shape:
+            raise ValueError(
+                f"compare: {name} of fused must be {list(exact.shape)}, as of original, got {list(fused[name].shape)}"
+            )
+        floor = FLOOR_ROUNDINGS * torch.finfo(fused[name].dtype).eps
+        errors.append(Error(name, _distance(original[name], exact), _distance(fused[name], exact), floor))
+    return Parity(tuple(errors))
+
+
+def _distance(value: Tensor, exact: Tensor) -> float:
+    if exact.numel() == 0:
+        return 0.0
+    scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((value.double() - exact).abs().max() / scale)
+
+
+def _run(
+    function: Function,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    backward: bool,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name, in ``dtype`` (None: as given)."""
+    inputs: list[Tensor] = []
+
+    def prepare(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        value = value.detach().to(dtype or value.dtype, copy=True).requires_grad_(backward)
+        inputs.append(value)
+        return value
+
+    args, kwargs = tree_map(prepare, (tuple(args), dict(kwargs)))
+    parameters: dict[str, Tensor] = {}
+    if isinstance(function, nn.Module):
+        function = deepcopy(function).to(dtype) if dtype is not None else deepcopy(function)
+        parameters = {name: value for name, value in function.named_parameters() if value.requires_grad}
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(backward):
+        torch.manual_seed(seed)
+        outputs = [value for value in tree_flatten(function(*args, **kwargs))[0] if isinstance(value, Tensor)]
+    named = {f"output {index}" if len(outputs) > 1 else "output": value for index, value in enumerate(outputs)}
+    found = {name: value.detach() for name, value in named.items()}
+    if backward:
+        found.update(_gradients(outputs, inputs, parameters, seed))
+    return found
+
+
+def _gradients(
+    outputs: list[Tensor], inputs: list[Tensor], parameters: dict[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    roots = [value for value in outputs if value.requires_grad]
+    # Drawn in float32 on the CPU and then moved: every dtype and device sees the same cotangent.
+    cotangents = [torch.randn(value.shape, generator=generator).to(value) for value in roots]
+    wanted = {f"gradient of input {index}": value for index, value in enumerate(inputs)}
+    wanted |= {f"gradient of {name}": value for name, value in parameters.items()}
+    if not roots:
+        return {}
+    grads = torch.autograd.grad(roots, list(wanted.values()), cotangents, allow_unused=True)
+    return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
