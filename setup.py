@@ -137,7 +137,7 @@ def resolve_config() -> BuildConfig:
     elif not nvcc:
         config.cuda_reason = "FASTGAN_BUILD_CUDA=auto and no nvcc found"
     elif cuda == "auto" and not config.build_cpp:
-        config.cuda_reason = f"FASTGAN_BUILD_CUDA=auto follows FASTGAN_BUILD_CPP ({config.cpp_reason})"
+        config.cuda_reason = "FASTGAN_BUILD_CUDA=auto follows FASTGAN_BUILD_CPP, which is 0"
     else:
         config.build_cuda = True
 

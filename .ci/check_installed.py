@@ -7,6 +7,7 @@ import torch
 
 import fastgan
 import fastgan.kernels
+import fastgan.ops
 from fastgan import _native
 
 prefix = Path(os.environ["FASTGAN_PREFIX"]).resolve()

@@ -28,7 +28,13 @@ EXTRAS = {
 # Backend -> the compiled library that holds its kernels.
 _LIBRARY_OF = {"cpp": "cpu", "cuda": "cuda"}
 
-_REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+def rebuild_command(switches: str = "") -> str:
+    """The command that builds the native libraries anew, with environment ``switches`` before it."""
+    checkout = Path(fastgan.__file__).resolve().parent.parent
+    if (checkout / "setup.py").exists():
+        return f"cd {checkout} && {switches}python setup.py build_ext --inplace"
+    return f"{switches}pip install --no-build-isolation --force-reinstall --no-deps <the folder with fastgan's sources>"
 
 
 def distribution_version(name: str) -> str | None:
@@ -115,12 +121,12 @@ def library_report() -> dict[str, dict[str, Any]]:
     }
 
 
-def rebuild_command(name: str) -> str:
-    """How to build the native libraries anew for this machine."""
-    if name == "cuda":
+def rebuild_advice(backend: str) -> str:
+    """What to do about a library that was built but does not work here."""
+    if backend == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return f"rebuild for this GPU: TORCH_CUDA_ARCH_LIST={major}.{minor} {_REINSTALL}"
-    return f"rebuild on this machine: {_REINSTALL}"
+        return f"rebuild for this GPU: {rebuild_command(f'TORCH_CUDA_ARCH_LIST={major}.{minor} ')}"
+    return f"rebuild here: {rebuild_command()}"
 
 
 def remedy(name: str) -> str:
@@ -134,13 +140,13 @@ def remedy(name: str) -> str:
     if name == "triton":
         return "pip install triton" if distribution_version("triton") is None else "use a later version of fastgan"
     if info is None:
-        return "python setup.py build_ext --inplace"
+        return rebuild_command()
     if name == "cpp" and not info["build_cpp"]:
-        return f"install g++ (or set CXX), then FASTGAN_BUILD_CPP=1 {_REINSTALL}"
+        return f"install g++ (or set CXX), then {rebuild_command('FASTGAN_BUILD_CPP=1 ')}"
     if name == "cuda" and not info["build_cuda"]:
-        return f"install the CUDA toolkit (or set CUDA_HOME), then FASTGAN_BUILD_CUDA=1 {_REINSTALL}"
+        return f"install the CUDA toolkit (or set CUDA_HOME), then {rebuild_command('FASTGAN_BUILD_CUDA=1 ')}"
     if _native.load()[_LIBRARY_OF[name]].reason is not None:
-        return rebuild_command(name)
+        return rebuild_advice(name)
     return "use a later version of fastgan"
 
 
@@ -154,7 +160,7 @@ def backend_report(libraries: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     for name, reason in backends.available().items():
         probe = libraries[_LIBRARY_OF[name]]["probe"] if name in _LIBRARY_OF else None
         if probe not in (None, "right"):
-            report[name] = {"available": False, "reason": probe, "remedy": rebuild_command(name)}
+            report[name] = {"available": False, "reason": probe, "remedy": rebuild_advice(name)}
         elif reason is not None:
             report[name] = {"available": False, "reason": reason, "remedy": remedy(name)}
         else:

@@ -11,7 +11,8 @@ namespace fastgan {
 enum class Act { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
 
 inline Act parse_act(const char* op, const std::string& name) {
-  static const char* const kNames[] = {"linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"};
+  static const char* const kNames[] = {"linear", "relu", "lrelu",    "tanh", "sigmoid",
+                                       "elu",    "selu", "softplus", "swish"};
   for (int i = 0; i < 9; ++i) {
     if (name == kNames[i]) return static_cast<Act>(i);
   }

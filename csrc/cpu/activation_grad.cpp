@@ -83,7 +83,8 @@ Tensor activation_grad(const Tensor& g, const Tensor& ref, std::string act, doub
   const double bound = clamp.value_or(std::numeric_limits<double>::infinity());
   dispatch_dtype(op, g.scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
-    const GradBlock<C> settings{nullptr, nullptr, nullptr, 0, parse_act(op, act), C(alpha), C(gain), C(bound), from_output, order};
+    const GradBlock<C> settings{nullptr,  nullptr, nullptr,  0,           parse_act(op, act),
+                                C(alpha), C(gain), C(bound), from_output, order};
     const auto launch = [&](const auto* ref_data) {
       run_parallel(dense_g.const_data_ptr<T>(), ref_data, out.mutable_data_ptr<T>(), g.numel(), settings);
     };

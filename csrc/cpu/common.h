@@ -15,8 +15,8 @@
 #include <tuple>
 #include <vector>
 
-// A function marked FASTGAN_MULTIVERSION is compiled once per instruction set and chosen when the library is loaded, so that one
-// binary serves every x86-64. Everything that it inlines (FASTGAN_INLINE) is compiled with it.
+// A function marked FASTGAN_MULTIVERSION is compiled once per instruction set and chosen when the library is loaded, so
+// that one binary serves every x86-64. Everything that it inlines (FASTGAN_INLINE) is compiled with it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define FASTGAN_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -68,7 +68,8 @@ auto dispatch_dtype(const char* op, ScalarType dtype, F&& f) {
   __builtin_unreachable();
 }
 
-// Elements that one task of a memory-bound loop should at least have: about 10 us of work, several times a fork and join.
+// Elements that one task of a memory-bound loop should at least have: about 10 us of work, several times a fork and
+// join.
 constexpr int64_t kGrainElements = 16384;
 
 }  // namespace fastgan

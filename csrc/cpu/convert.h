@@ -19,7 +19,8 @@ const float* as_compute(const T* data, int64_t n, float* buffer) {
   return buffer;
 }
 
-// Where a block of results is computed: in place where T is the compute type, else in buffer, which flush() then rounds to T.
+// Where a block of results is computed: in place where T is the compute type, else in buffer, which flush() then rounds
+// to T.
 inline float* result_buffer(float* data, float*) { return data; }
 inline double* result_buffer(double* data, double*) { return data; }
 template <typename T>

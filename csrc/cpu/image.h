@@ -30,8 +30,8 @@ inline Tensor empty_image(const Tensor& t, ScalarType dtype, bool channels_last)
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// How a dense image is walked. NCHW: one block is part of one plane, so one scale serves it. NHWC (and NCHW with one pixel, the same
-// memory): a block is whole pixels, so scales repeat along it with period C.
+// How a dense image is walked. NCHW: one block is part of one plane, so one scale serves it. NHWC (and NCHW with one
+// pixel, the same memory): a block is whole pixels, so scales repeat along it with period C.
 struct ImageBlocks {
   int64_t n, c, pixels;
   bool planar;

@@ -17,7 +17,8 @@ FASTGAN_MULTIVERSION double dot(const float* a, const float* b, int64_t n) { ret
 double dot(const double* a, const double* b, int64_t n) { return dot_loop(a, b, n); }
 
 template <typename C>
-FASTGAN_INLINE void multiply_add_loop(const C* __restrict__ a, const C* __restrict__ b, C* __restrict__ sums, int64_t n) {
+FASTGAN_INLINE void multiply_add_loop(const C* __restrict__ a, const C* __restrict__ b, C* __restrict__ sums,
+                                      int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) sums[i] += a[i] * b[i];
 }
@@ -26,7 +27,8 @@ FASTGAN_MULTIVERSION void multiply_add(const float* a, const float* b, float* su
 }
 void multiply_add(const double* a, const double* b, double* sums, int64_t n) { multiply_add_loop(a, b, sums, n); }
 
-// Partial sums per block are added in double and in block order, so that the result does not depend on the number of threads.
+// Partial sums per block are added in double and in block order, so that the result does not depend on the number of
+// threads.
 template <typename A, typename B, typename C>
 void run(const ImageBlocks& blocks, const A* a, const B* b, C* out) {
   const int64_t width = blocks.planar ? 1 : blocks.c;

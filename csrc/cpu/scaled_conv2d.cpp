@@ -1,9 +1,10 @@
-// scaled_conv2d: y = clamp(gain * act(out_scale * conv(in_scale * x, w) + noise * strength + bias)) + residual_gain * residual.
+// scaled_conv2d: y = clamp(gain * act(out_scale * conv(in_scale * x, w) + noise * strength + bias)) + residual_gain *
+// residual.
 //
-// The dense product goes through torch's convolution; in_scale is applied in one pass over x, everything that follows in one pass over
-// the product, block by block in the first-level cache. Half types are computed in float and rounded once, at the end: an unscaled
-// product never exists in half precision. Source: Karras et al. 2020 (StyleGAN2), section 2.2, for scaling activations instead of
-// weights.
+// The dense product goes through torch's convolution; in_scale is applied in one pass over x, everything that follows
+// in one pass over the product, block by block in the first-level cache. Half types are computed in float and rounded
+// once, at the end: an unscaled product never exists in half precision. Source: Karras et al. 2020 (StyleGAN2),
+// section 2.2, for scaling activations instead of weights.
 
 #include <array>
 #include <limits>
@@ -54,7 +55,9 @@ FASTGAN_INLINE void epilogue_any(const EpilogueBlock<C>& b, bool per_element) {
   });
 }
 
-FASTGAN_MULTIVERSION void epilogue_block(const EpilogueBlock<float>& b, bool per_element) { epilogue_any(b, per_element); }
+FASTGAN_MULTIVERSION void epilogue_block(const EpilogueBlock<float>& b, bool per_element) {
+  epilogue_any(b, per_element);
+}
 void epilogue_block(const EpilogueBlock<double>& b, bool per_element) { epilogue_any(b, per_element); }
 
 template <typename C>
@@ -123,7 +126,8 @@ Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
       for (int64_t i = begin; i < end; ++i) {
         const auto b = blocks.at(i);
         row.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
-        multiply(as_compute(from + b.offset, b.size, buffer.data()), row.values.data(), !blocks.planar, to + b.offset, b.size);
+        multiply(as_compute(from + b.offset, b.size, buffer.data()), row.values.data(), !blocks.planar, to + b.offset,
+                 b.size);
       }
     });
   });
@@ -138,9 +142,9 @@ struct Geometry {
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(x),           from(weight),       from(bias),
-                                    from(g.stride),    from(g.padding),    from(g.dilation),
-                                    from(g.transposed), from(g.output_padding), from(g.groups)};
+  std::array<StableIValue, 9> stack{from(x),         from(weight),     from(bias),         from(g.stride),
+                                    from(g.padding), from(g.dilation), from(g.transposed), from(g.output_padding),
+                                    from(g.groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -173,8 +177,8 @@ void run_epilogue(const Tensor& c, const Tensor& y, bool channels_last, const Ep
       scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
       shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
       C* const out = result_buffer(to + b.offset, out_buffer.data());
-      EpilogueBlock<C> block{from + b.offset, out,          b.size, scale.values.data(), shift.values.data(), nullptr, e.act,
-                             C(e.alpha),      C(e.gain),    C(e.clamp)};
+      EpilogueBlock<C> block{from + b.offset, out,   b.size,     scale.values.data(), shift.values.data(),
+                             nullptr,         e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
       if (noise) {
         const C* const pixels = noise + b.sample * noise_stride + b.pixel;
         if (blocks.planar) {
@@ -190,25 +194,30 @@ void run_epilogue(const Tensor& c, const Tensor& y, bool channels_last, const Ep
         }
       }
       epilogue_block(block, !blocks.planar);
-      if (residual) axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
+      if (residual)
+        axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
       flush(out, to + b.offset, b.size);
     }
   });
 }
 
-std::tuple<Tensor, Tensor> scaled_conv2d(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const std::optional<Tensor>& out_scale,
-    const std::optional<Tensor>& noise, const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> output_padding, std::vector<int64_t> dilation, bool transposed, int64_t groups, std::string act_name,
-    double alpha, double gain, std::optional<double> clamp, double residual_gain, bool save_conv) {
+std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
+                                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
+                                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
+                                         const std::optional<Tensor>& residual, std::vector<int64_t> stride,
+                                         std::vector<int64_t> padding, std::vector<int64_t> output_padding,
+                                         std::vector<int64_t> dilation, bool transposed, int64_t groups,
+                                         std::string act_name, double alpha, double gain, std::optional<double> clamp,
+                                         double residual_gain, bool save_conv) {
   const Act act = parse_act("scaled_conv2d", act_name);
   const ScalarType dtype = x.scalar_type();
   const Geometry geometry{stride, padding, output_padding, dilation, transposed, groups};
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  const bool only_bias = act == Act::kLinear && gain == 1.0 && !clamp && !out_scale && !noise && !residual && !half && !save_conv;
+  const bool only_bias =
+      act == Act::kLinear && gain == 1.0 && !clamp && !out_scale && !noise && !residual && !half && !save_conv;
   // A bias alone rides along in torch's convolution: no pass of ours is the cheapest pass.
-  Tensor c = convolution(scaled_input(x, in_scale), scaled_input(weight, std::nullopt), only_bias ? bias : std::nullopt, geometry);
+  Tensor c = convolution(scaled_input(x, in_scale), scaled_input(weight, std::nullopt), only_bias ? bias : std::nullopt,
+                         geometry);
   const Tensor nothing = torch::stable::new_empty(c, {0});
   if (only_bias) return {c, nothing};
 
@@ -216,16 +225,18 @@ std::tuple<Tensor, Tensor> scaled_conv2d(
   const bool channels_last = is_channels_last(c);
   const Tensor y = half || save_conv ? empty_image(c, dtype, channels_last) : c;
   const auto dense_residual = residual ? std::optional(in_layout(*residual, channels_last)) : std::nullopt;
-  const EpilogueArgs args{out_scale, noise, noise_strength, bias, dense_residual, act, alpha, gain,
-                          clamp.value_or(std::numeric_limits<double>::infinity()), residual_gain};
+  const EpilogueArgs args{out_scale,    noise,          noise_strength,
+                          bias,         dense_residual, act,
+                          alpha,        gain,           clamp.value_or(std::numeric_limits<double>::infinity()),
+                          residual_gain};
   dispatch_dtype("scaled_conv2d", dtype, [&]<typename T>() { run_epilogue<T>(c, y, channels_last, args); });
   return {y, save_conv ? c : nothing};
 }
 
 Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::optional<Tensor>& in_scale,
                                  const std::optional<Tensor>& g_scale, std::vector<int64_t> weight_size,
-                                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                 int64_t groups) {
+                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                 std::vector<int64_t> dilation, int64_t groups) {
   using torch::stable::detail::from;
   const Tensor wide_x = scaled_input(x, in_scale), wide_g = scaled_input(g, g_scale);
   // torch asks for the weight but reads its sizes only.
@@ -242,7 +253,8 @@ Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::op
                                      from(std::vector<int64_t>{0, 0}),
                                      from(groups),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(kWeightOnly.data(), 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   using torch::stable::detail::to;
   // The stack owns all three results: taking them off it frees the two that were not asked for.
   const std::array<Tensor, 3> results{to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};

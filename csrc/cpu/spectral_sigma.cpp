@@ -16,6 +16,7 @@
 #include <memory>
 
 #include "common.h"
+#include "weight_matrix.h"
 
 namespace fastgan {
 namespace {
@@ -30,11 +31,8 @@ constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kCacheBytes = 256 * 1024;
 // Below this many elements in all, a fork and join costs more than a second thread saves.
 constexpr int64_t kSerialElements = 32768;
-constexpr int64_t kLineBytes = 64;
-constexpr int64_t kPrefetchBytes = 2048;
 
 // ---- inner loops, compiled per instruction set
-// ----------------------------------------------------------------------------------
 
 // y[r] = sum_c w[r, c] x[c] for rows of stride ld; four rows share each load of x.
 template <typename C>
@@ -89,39 +87,6 @@ FASTGAN_INLINE void add_rows_body(const C* __restrict__ w,  // [rows, columns]
   }
 }
 
-// target[r, o * run + k] = source[r * row_stride + offsets[o] + k * stride] for o < outer, k < run: rows of any
-// strides, packed.
-template <typename T>
-FASTGAN_INLINE void pack_body(const T* __restrict__ source, int64_t row_stride, const int64_t* __restrict__ offsets,
-                              int64_t outer, int64_t run, int64_t stride, int64_t rows,
-                              accumulate_t<T>* __restrict__ target, int64_t ld) {
-  // Rows of a transposed convolution are short runs, pages apart, which no hardware prefetcher follows.
-  constexpr int64_t kAhead = 8;
-  for (int64_t o = 0; o < outer; ++o) {
-    const T* block = source + offsets[o];
-    if (o + kAhead < outer) {
-      const char* ahead = reinterpret_cast<const char*>(source + offsets[o + kAhead]);
-      const int64_t bytes = std::min<int64_t>((rows - 1) * row_stride + run, kPrefetchBytes / sizeof(T)) * sizeof(T);
-      for (int64_t byte = 0; byte < bytes; byte += kLineBytes) {
-        __builtin_prefetch(ahead + byte);
-      }
-    }
-    accumulate_t<T>* out = target + o * run;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (stride == 1) {
-#pragma omp simd
-        for (int64_t k = 0; k < run; ++k) {
-          out[r * ld + k] = static_cast<accumulate_t<T>>(block[r * row_stride + k]);
-        }
-      } else {
-        for (int64_t k = 0; k < run; ++k) {
-          out[r * ld + k] = static_cast<accumulate_t<T>>(block[r * row_stride + k * stride]);
-        }
-      }
-    }
-  }
-}
-
 // target[r, c] = x[r] y[c], the outer product that is sigma's gradient.
 template <typename T>
 FASTGAN_INLINE void outer_body(const accumulate_t<T>* __restrict__ x, int64_t rows,
@@ -144,10 +109,6 @@ FASTGAN_INLINE void outer_body(const accumulate_t<T>* __restrict__ x, int64_t ro
     add_rows_body(w, ld, rows, columns, x, y);                                                                  \
   }
 #define FASTGAN_SIGMA_STORAGE(T)                                                                                     \
-  FASTGAN_MULTIVERSION void pack(const T* source, int64_t row_stride, const int64_t* offsets, int64_t outer,         \
-                                 int64_t run, int64_t stride, int64_t rows, accumulate_t<T>* target, int64_t ld) {   \
-    pack_body(source, row_stride, offsets, outer, run, stride, rows, target, ld);                                    \
-  }                                                                                                                  \
   FASTGAN_MULTIVERSION void outer(const accumulate_t<T>* x, int64_t rows, const accumulate_t<T>* y, int64_t columns, \
                                   accumulate_t<T> scale, T* target) {                                                \
     outer_body(x, rows, y, columns, scale, target);                                                                  \
@@ -162,111 +123,8 @@ FASTGAN_SIGMA_STORAGE(Half)
 #undef FASTGAN_SIGMA_STORAGE
 
 // ---- one layer
-// ------------------------------------------------------------------------------------------------------------------
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-struct Axis {
-  int64_t size, stride, position;
-};
-
-// A weight as a matrix in the order of memory, whatever its strides: row r starts at r * row_stride, column o * run + k
-// lies at outer_offsets[o] + k * run_stride from there. If the weight's rows are closer together than its columns
-// (channels_last transposed convolutions, W.t()), it is the transposed matrix that is described. `logical[m]` is the
-// number in torch's flattening of the weight's column m in memory; empty if the same.
-template <typename T>
-struct Matrix {
-  using C = accumulate_t<T>;
-  const T* data;
-  int64_t rows, columns, row_stride, run = 1, run_stride = 1;
-  bool transposed = false;
-  std::vector<int64_t> outer_offsets, logical;
-
-  Matrix(const Tensor& weight, int64_t dim) : data(static_cast<const T*>(weight.const_data_ptr())) {
-    std::vector<Axis> axes;
-    rows = weight.size(dim);
-    row_stride = weight.stride(dim);
-    columns = weight.numel() / rows;
-    int64_t position = columns;
-    for (int64_t axis = 0; axis < weight.dim(); ++axis) {
-      if (axis != dim && weight.size(axis) > 1) {
-        position /= weight.size(axis);
-        axes.push_back({weight.size(axis), weight.stride(axis), position});
-      }
-    }
-    const auto by_stride = [](const Axis& a, const Axis& b) { return a.stride > b.stride; };
-    if (!std::is_sorted(axes.begin(), axes.end(), by_stride)) {
-      std::stable_sort(axes.begin(), axes.end(), by_stride);
-      logical = offsets(axes, &Axis::position);
-    }
-    while (!axes.empty() && (run == 1 || axes.back().stride == run * run_stride)) {
-      run_stride = run == 1 ? axes.back().stride : run_stride;
-      run *= axes.back().size;
-      axes.pop_back();
-    }
-    if (axes.empty() && rows > 1 && row_stride < run_stride) {
-      transposed = true;
-      columns = rows;
-      std::swap(rows, run);
-      std::swap(row_stride, run_stride);
-    }
-    outer_offsets = offsets(axes, &Axis::stride);
-  }
-
-  // Rows that one cache line never splits between groups, and at least 256 contiguous bytes where rows interleave.
-  int64_t group() const {
-    const int64_t row_bytes = row_stride * static_cast<int64_t>(sizeof(T));
-    int64_t group = 4;
-    while (outer_offsets.size() > 1 && group < 32 &&
-           (group * row_bytes % kLineBytes != 0 || group * row_bytes < 4 * kLineBytes)) {
-      group += 4;
-    }
-    return group;
-  }
-
-  // Columns that start a slab: a whole run where runs are apart.
-  int64_t column_step() const { return outer_offsets.size() > 1 ? run : 1; }
-
-  // Whether the matrix is used where it lies: no conversion, unit stride along a row.
-  bool direct() const { return std::is_same_v<T, C> && outer_offsets.size() == 1 && run_stride == 1; }
-
-  // Rows [r0, r1), columns [c0, c1) as a row-major tile: in place, or packed into `scratch`. c0 is a multiple of
-  // column_step(), and so is c1 unless it is the end.
-  const C* tile(int64_t r0, int64_t r1, int64_t c0, int64_t c1, C* scratch, int64_t* ld) const {
-    if constexpr (std::is_same_v<T, C>) {
-      if (direct()) {
-        *ld = row_stride;
-        return data + r0 * row_stride + c0;
-      }
-    }
-    *ld = c1 - c0;
-    const T* source = data + r0 * row_stride;
-    if (outer_offsets.size() == 1) {
-      pack(source + c0 * run_stride, row_stride, outer_offsets.data(), 1, c1 - c0, run_stride, r1 - r0, scratch, *ld);
-    } else {
-      pack(source, row_stride, outer_offsets.data() + c0 / run, (c1 - c0) / run, run, run_stride, r1 - r0, scratch,
-           *ld);
-    }
-    return scratch;
-  }
-
- private:
-  // The value of every index tuple over `axes`, the last axis fastest: sum of index * axis.*field.
-  static std::vector<int64_t> offsets(const std::vector<Axis>& axes, int64_t Axis::* field) {
-    std::vector<int64_t> result{0};
-    for (const Axis& axis : axes) {
-      std::vector<int64_t> next;
-      next.reserve(result.size() * axis.size);
-      for (const int64_t base : result) {
-        for (int64_t i = 0; i < axis.size; ++i) {
-          next.push_back(base + i * (axis.*field));
-        }
-      }
-      result.swap(next);
-    }
-    return result;
-  }
-};
 
 // y = x / max(|x|, eps); returns |x|^2 and the divisor. Summed in double: |x|^2 of float32 neither overflows nor
 // vanishes there.
@@ -381,7 +239,7 @@ class Layer {
   }
 
  private:
-  Matrix<T> matrix_;
+  WeightMatrix<T> matrix_;
   Pass pass_;
   bool by_rows_;
   int64_t extent_, other_,
@@ -424,7 +282,6 @@ class Layer {
 };
 
 // ---- ops
-// ------------------------------------------------------------------------------------------------------------------------
 
 // Runs all chunks of all layers. A thread takes the next chunk when it is done with one, so unequal chunks balance; who
 // finishes a layer's last chunk finishes the layer, so that an iteration is a single fork and join.

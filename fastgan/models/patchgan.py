@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
-from fastgan.models._layers import ConvAct, conv_norm_act, initialise, initialise_norm, make_norm
+from fastgan.models._layers import ConvAct, activation, conv_norm_act, initialise, initialise_norm, make_norm
+from fastgan.nn import SpectralNormConv2d
 
 
 class PatchGAN(nn.Module):
@@ -79,10 +79,8 @@ class PatchGAN(nn.Module):
             raise ValueError(f"PatchGAN: x must have H and W of at least {least}, got {list(x.shape)}")
         maps: list[Tensor] = []
         for conv, norm in self._stages:
-            if norm is None:
-                x = self.model[conv](x)
-            else:
-                x = conv_norm_act(self.model[conv], self.model[norm], x, "lrelu")
+            layer, following = self.model[conv], None if norm is None else self.model[norm]
+            x = layer(x) if following is None else conv_norm_act(layer, following, x, "lrelu")
             if features:
                 maps.append(x)
         return maps if features else x
@@ -91,6 +89,11 @@ class PatchGAN(nn.Module):
 def _conv(
     spectral: bool, in_channels: int, out_channels: int, stride: int, *, bias: bool = True, act: str
 ) -> nn.Module:
-    conv = ConvAct(in_channels, out_channels, 4, stride, 1, bias=bias, act=act)
-    initialise(conv.weight, conv.bias)
-    return spectral_norm(conv) if spectral else conv
+    if not spectral:
+        conv = ConvAct(in_channels, out_channels, 4, stride, 1, bias=bias, act=act)
+        initialise(conv.weight, conv.bias)
+        return conv
+    conv = SpectralNormConv2d(in_channels, out_channels, 4, stride, 1, bias=bias, **activation(act))
+    initialise(conv.weight_original, conv.bias)
+    conv.reset_vectors()
+    return conv

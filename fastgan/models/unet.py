@@ -27,9 +27,9 @@ class UNetGenerator(nn.Module):
     the other way round.
 
     Each map is activated where it is made: convolution, bias and activation are one call where no normalisation stands
-    between XX z on a skip connection is wanted twice, as
-    lrelu(z) by the next convolution and as relu(z) by the transposed one; since relu(lrelu(z)) = relu(z), z itself is
-    never kept.
+    between them, normalisation and activation are one call elsewhere; a batch norm that evaluates is folded into the
+    call of its convolution. A map z on a skip connection is wanted twice, as lrelu(z) by the next convolution and as
+    relu(z) by the transposed one; since relu(lrelu(z)) = relu(z), z itself is never kept.
 
     Args:
         in_channels, out_channels: channels of input and output images.

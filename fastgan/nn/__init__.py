@@ -1,5 +1,15 @@
 """Layers that take the place of PyTorch's and of others', with their state-dict keys."""
 
-from fastgan.nn.spectral_norm import SpectralNormConv2d, SpectralNormLinear
+from fastgan.nn.fused_bias_act import FusedBiasAct
+from fastgan.nn.spectral_group import SpectralGroup, group_spectral_norm
+from fastgan.nn.spectral_norm import SpectralLayer, SpectralNormConv2d, SpectralNormConvTranspose2d, SpectralNormLinear
 
-__all__ = ["SpectralNormConv2d", "SpectralNormLinear"]
+__all__ = [
+    "FusedBiasAct",
+    "SpectralGroup",
+    "SpectralLayer",
+    "SpectralNormConv2d",
+    "SpectralNormConvTranspose2d",
+    "SpectralNormLinear",
+    "group_spectral_norm",
+]

@@ -1,7 +1,7 @@
 """Spectral-normalised layers: y = act((W x) / σ(W) + bias), where W/σ is never written and σ costs one read of W.
 
-Parameters and buffers are named as torch.nn.utils.parametrizations.spectral_norm names them, so a state dict, an optimiser's order of
-parameters and DDP's buckets are the same as for the layers that these replace.
+Parameters and buffers are named as torch.nn.utils.parametrizations.spectral_norm names them, so a state dict, an
+optimiser's order of parameters and DDP's buckets are the same as for the layers that these replace.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastgan.ops import Epilogue, scaled_conv2d, spectral_sigma
 
-# torch.nn.utils.parametrizations.spectral_norm: 15, and one when register_parametrization tries the layer in training mode.
+# torch.nn.utils.parametrizations.spectral_norm: 15, and one when register_parametrization tries the layer in training
+# mode.
 _INITIAL_ITERATIONS = 16
 _HOOK_KEYS = {"weight_orig": "original", "weight_u": "0._u", "weight_v": "0._v"}
 
@@ -46,14 +47,15 @@ class _Original(nn.Module):
 
 
 class _Parametrizations(nn.Module):
-    # A plain module: as a ModuleDict, torch.nn.utils.parametrize would take the layer for one of its own and edit its class.
+    # A plain module: as a ModuleDict, torch.nn.utils.parametrize would take the layer for one of its own and edit its
+    # class.
     def __init__(self, weight: _Original) -> None:
         super().__init__()
         self.weight = weight
 
 
 class SpectralLayer(nn.Module):
-    """What the spectral-normalised layers share: W, u, v, σ, state dicts. A mixin before a torch layer that has a ``weight``."""
+    """W, u, v, σ and state dicts of a spectral-normalised layer: a mixin before a torch layer that has a ``weight``."""
 
     _rows_dim = 0
 
@@ -64,7 +66,7 @@ class SpectralLayer(nn.Module):
         if order not in ("parametrization", "hook"):
             raise ValueError(f"{type(self).__name__}: order must be one of parametrization, hook, got {order!r}")
         self.n_power_iterations, self.eps, self.order = n_power_iterations, eps, order
-        # 1/σ of the forward under way, put here by a SpectralGroup; kept_inverse_sigma: also for the layer's further calls in it.
+        # 1/σ of the forward under way, put here by a SpectralGroup; kept for the layer's further calls in it, or not.
         self._inverse_sigma: Tensor | None = None
         self._keep_inverse_sigma = False
         weight = self._parameters.pop("weight")
@@ -87,14 +89,15 @@ class SpectralLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W/σ from the stored u and v, differentiable; for export and inspection: nothing is iterated and forward does not use it."""
-        # While torch's constructor runs there are no parametrizations yet: the AttributeError sends the lookup on to its parameters.
+        """W/σ from the stored u and v, differentiable and without iterating: for export and inspection."""
+        # While torch's constructor runs there are no parametrizations yet: the AttributeError sends the lookup on to
+        # its parameters.
         original = self.weight_original
         return (original * self._read_inverse_sigma()).to(original.dtype)
 
     @torch.no_grad()
     def reset_vectors(self) -> None:
-        """Draw u and v anew and, with torch's parametrisation's order, iterate 16 times as torch does; call it after setting W by hand."""
+        """Draw u and v anew and iterate as torch does at the start; call it after setting W by hand."""
         u, v = self.power_vectors
         for vector in (u, v):
             vector.normal_(0, 1)
@@ -107,12 +110,13 @@ class SpectralLayer(nn.Module):
         return spectral_sigma([weight], [u], [v], n_iter=n_iter, **options)
 
     def _read_inverse_sigma(self) -> Tensor:
-        """1/σ [1] without iterating, for unit vectors along u and v: averaged ones (an EMA over buffers) are shorter than 1."""
+        """1/σ [1] without iterating."""
+        # An average of unit vectors (an EMA over buffers) is shorter than 1 and would shrink σ.
         u, v = (F.normalize(vector, dim=0, eps=self.eps) for vector in self.power_vectors)
         return self._iterate(self.weight_original, u, v, 0).reciprocal()
 
     def inverse_sigma(self) -> Tensor:
-        """1/σ, 0-dim or [1], for one forward: what a group put here, else of the layer's own iteration; in eval of none."""
+        """1/σ, 0-dim, for one forward: from the model's group, else from the layer's own iteration (none in eval)."""
         handed = self._inverse_sigma
         if handed is not None:
             if not self._keep_inverse_sigma:
@@ -166,21 +170,22 @@ class SpectralLayer(nn.Module):
 
 
 class SpectralNormConv2d(SpectralLayer, nn.Conv2d):
-    """torch.nn.Conv2d under torch.nn.utils.parametrizations.spectral_norm, with the division, bias and activation in one pass.
+    """torch.nn.Conv2d under torch.nn.utils.parametrizations.spectral_norm; σ, bias and activation in one pass.
 
         y = clamp(gain · act(conv(x, W) / σ(W) + bias))
 
-    In training every forward iterates u and v ``n_power_iterations`` times first, under no_grad as well (as torch does); eval never
-    does. In a model under :func:`group_spectral_norm` σ comes from one call for all layers.
+    In training every forward iterates u and v ``n_power_iterations`` times first, under no_grad as well (as torch
+    does); eval never does. In a model under :func:`group_spectral_norm` σ comes from one call for all layers.
 
     Args:
-        in_channels ... dtype: as torch.nn.Conv2d's; padding may be "same" or "valid", padding_mode zeros, reflect, replicate or circular.
+        in_channels ... dtype: as torch.nn.Conv2d's; padding may be "same" or "valid", padding_mode zeros, reflect,
+            replicate or circular.
         n_power_iterations, eps: as torch's spectral_norm.
         order: "parametrization", or "hook" for the order and the start of torch.nn.utils.spectral_norm.
         act, alpha, gain, clamp: the activation, as in :class:`fastgan.ops.Epilogue`, but gain is 1 unless given.
 
-    ``load_state_dict`` takes the keys of torch's parametrisation (which are written), of its older hook (``weight_orig, weight_u,
-    weight_v``) and of a plain layer (``weight``; u and v are then iterated 16 times from a fixed start).
+    ``load_state_dict`` takes the keys of torch's parametrisation (which are written), of its older hook (``weight_orig,
+    weight_u, weight_v``) and of a plain layer (``weight``; u and v are then iterated 16 times from a fixed start).
 
     Gradients: x, W and bias, 1st and 2nd order, with u and v as constants.
 
@@ -249,6 +254,65 @@ class SpectralNormConv2d(SpectralLayer, nn.Conv2d):
         return f"{super().extra_repr()}, act={self.act}"
 
 
+class SpectralNormConvTranspose2d(SpectralLayer, nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d under torch.nn.utils.parametrizations.spectral_norm; σ, bias and activation in one pass.
+
+    Rows of the matrix are the output channels (axis 1 of the weight), as in torch. Arguments, iteration, state dicts
+    and gradients as :class:`SpectralNormConv2d`.
+    """
+
+    _rows_dim = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        order: str = "parametrization",
+        act: str = "linear",
+        alpha: float | None = None,
+        gain: float | None = 1.0,
+        clamp: float | None = None,
+    ) -> None:
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, output_padding)
+        super().__init__(*geometry, groups, bias, dilation, padding_mode, device=device, dtype=dtype)
+        self._normalise_weight(n_power_iterations, eps, order)
+        self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """[N, C_in, H, W] or [C_in, H, W] → [N, C_out, H', W'] or [C_out, H', W']; ``output_size`` as in torch."""
+        batch = x if x.ndim == 4 else x.unsqueeze(0)
+        extra = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        y = scaled_conv2d(
+            batch,
+            self.weight_original,
+            out_scale=self.inverse_sigma(),
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=tuple(extra),
+            dilation=self.dilation,
+            transposed=True,
+            groups=self.groups,
+            epilogue=Epilogue(bias=self.bias, act=self.act, alpha=self.alpha, gain=self.gain, clamp=self.clamp),
+        )
+        return y if x.ndim == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"
+
+
 class SpectralNormLinear(SpectralLayer, nn.Linear):
     """torch.nn.Linear under torch.nn.utils.parametrizations.spectral_norm: y = clamp(gain · act(W x / σ(W) + bias)).
 
@@ -277,8 +341,8 @@ class SpectralNormLinear(SpectralLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
-        # A 1×1 convolution of 1×1 images: the same matrix product, with scale, bias and activation behind it in one pass and, in half
-        # types, no unscaled product that could overflow.
+        # A 1×1 convolution of 1×1 images: the same matrix product, with scale, bias and activation behind it in one
+        # pass and, in half types, no unscaled product that could overflow.
         y = scaled_conv2d(
             x.reshape(-1, self.in_features, 1, 1),
             self.weight_original[:, :, None, None],

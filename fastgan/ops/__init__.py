@@ -1,7 +1,24 @@
 """The public ops. Each checks its arguments, chooses a backend and runs it; gradients are registered with torch."""
 
+from fastgan.ops.bias_act import bias_act
+from fastgan.ops.filtered_lrelu import filtered_lrelu
+from fastgan.ops.modulated_conv2d import modulated_conv2d
+from fastgan.ops.norm_act import norm_act
+from fastgan.ops.patch_loss import PatchLoss, patch_loss
 from fastgan.ops.scaled_conv2d import scaled_conv2d
 from fastgan.ops.spectral_sigma import spectral_sigma
+from fastgan.ops.upfirdn2d import upfirdn2d
 from fastgan.reference.epilogue import Epilogue
 
-__all__ = ["Epilogue", "scaled_conv2d", "spectral_sigma"]
+__all__ = [
+    "Epilogue",
+    "PatchLoss",
+    "bias_act",
+    "filtered_lrelu",
+    "modulated_conv2d",
+    "norm_act",
+    "patch_loss",
+    "scaled_conv2d",
+    "spectral_sigma",
+    "upfirdn2d",
+]

@@ -6,10 +6,11 @@ implementation and serves any device. A compiled or Triton kernel registered for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
 
@@ -31,8 +32,8 @@ def define(
         fallback: plain torch under no autograd, any device; returns fresh tensors, never a view of an input.
         fake: shapes, dtypes and strides of the results from those of the arguments.
         setup_context, backward: as in :func:`torch.library.register_autograd`. A backward formula calls only
-            differentiable torch functions and fastgan ops, so that it can be differentiated again. For a Tensor[] argument
-            ``ctx.needs_input_grad`` holds a list, and the gradient is a list or None.
+            differentiable torch functions and fastgan ops, so that it can be differentiated again. For a Tensor[]
+            argument ``ctx.needs_input_grad`` holds a list, and the gradient is a list or None.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
@@ -42,8 +43,37 @@ def define(
     if backward is not None and setup_context is not None and _has_tensor_lists(op):
         _register_list_autograd(op, setup_context, backward)
     elif backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            qualified, _only_what_is_asked(backward), setup_context=setup_context, lib=LIBRARY
+        )
     return op
+
+
+def _asked(ctx: Any) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad``, narrowed to what this very backward pass is for.
+
+    autograd.Function fixes it in forward: that an input requires a gradient. R1's inner gradient asks for the image alone, and
+    would compute every weight's gradient for nothing; torch's own operators ask the engine, and so does this.
+    """
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return tuple(need and _will_run(next(nodes)) for need in ctx.needs_input_grad)
+
+
+def _only_what_is_asked(backward: Callable[..., Any]) -> Callable[..., Any]:
+    def narrowed(ctx: Any, *grads: Any) -> Any:
+        ctx.needs_input_grad = _asked(ctx)
+        return backward(ctx, *grads)
+
+    return narrowed
+
+
+def _will_run(node: torch.autograd.graph.Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # The engine refuses to answer in two cases, and both mean yes: a leaf whose gradient torch.autograd.grad was asked for, and a
+        # node that is called by hand.
+        return True
 
 
 def _is_tensor_list(argument: torch._C.Argument) -> bool:
@@ -59,8 +89,9 @@ def _register_list_autograd(
 ) -> None:
     """What torch.library.register_autograd does, for ops with tensor lists, without its cost per call.
 
-    autograd.Function knows only flat tensors. register_autograd flattens all arguments with pytree and back, in every forward and
-    every backward (five layers of spectral_sigma: 450 us where this takes 100 us); the schema already says which are lists.
+    autograd.Function knows only flat tensors. register_autograd flattens all arguments with pytree and back, in every
+    forward and every backward (five layers of spectral_sigma: 450 us where this takes 100 us); the schema already says
+    which are lists.
 
     Returns are either tensors or a single Tensor[].
     """
@@ -84,7 +115,7 @@ def _register_list_autograd(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             flat_needs = ctx.needs_input_grad
-            remaining = iter(flat_needs[2:])
+            remaining = iter(_asked(ctx)[2:])
             ctx.needs_input_grad = tuple(
                 next(remaining) if length is None else [next(remaining) for _ in range(length)]
                 for length in ctx.lengths
@@ -111,3 +142,68 @@ def _register_list_autograd(
         return list(output) if returns_list else output
 
     LIBRARY.impl(op._schema.name.removeprefix("fastgan::"), autograd, "Autograd", with_keyset=True)
+
+
+def register_autograd_for_lists(
+    op: torch._ops.OpOverload,
+    *,
+    differentiable: Callable[..., Sequence[Tensor]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Sequence[Tensor | None]],
+) -> Callable[..., Any]:
+    """Autograd for an op with ``Tensor[]`` arguments whose Python overhead counts.
+
+    :func:`torch.library.register_autograd` flattens and rebuilds every nested argument, result and gradient with pytree: for a
+    loss over six small maps that costs more than the loss. Here the op names its differentiable tensors itself.
+
+    Args:
+        op: its first result is differentiable (a Tensor or a Tensor[]), all others are not; no schema defaults.
+        differentiable: (*args) -> the tensors that may get gradients, in a flat sequence.
+        setup_context: (ctx, inputs, output), as in :func:`torch.library.register_autograd`.
+        backward: (ctx, *gradients of the tensors of the first result) -> one gradient or None per tensor of
+            ``differentiable``; ``ctx.needs_input_grad`` begins in the same order. A formula calls only differentiable torch
+            functions and fastgan ops, so that it can be differentiated again.
+
+    Returns:
+        A function that takes and returns what ``op`` does. In eager mode it enters autograd without the detour from Python
+        through the dispatcher to Python, which would convert every argument twice; elsewhere it calls ``op``.
+    """
+
+    class Lists(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            # The arguments of the op and a place for its results travel as one opaque object behind the tensors.
+            inputs, outputs = args[-1]
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op(*inputs)
+            setup_context(ctx, inputs, result)
+            outputs.append(result)
+            first = result[0] if isinstance(result, tuple) else result
+            return tuple(first) if isinstance(first, list) else first
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            ctx.needs_input_grad = _asked(ctx)
+            return (*backward(ctx, *gradients), None)
+
+    # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.
+    apply = super(torch.autograd.Function, Lists).apply
+
+    def run(*args: Any) -> Any:
+        tensors = differentiable(*args) if torch.is_grad_enabled() else ()
+        if not any([t.requires_grad for t in tensors]):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        outputs: list[Any] = []
+        first = apply(*tensors, (args, outputs))
+        first = list(first) if isinstance(first, tuple) else first
+        return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else first
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        return run(*args)
+
+    Lists.__name__ = Lists.__qualname__ = f"{op._opname}_autograd"
+    LIBRARY.impl(op._opname, run, "Autograd")
+    return call

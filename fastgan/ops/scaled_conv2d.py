@@ -196,7 +196,9 @@ def _linear_and_scale_grad(
 
 
 def _conv_fallback(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):
-    stride, padding, output_padding, dilation, transposed, groups, act, alpha, gain, clamp, residual_gain, save_conv = settings
+    stride, padding, output_padding, dilation, transposed, groups, act, alpha, gain, clamp, residual_gain, save_conv = (
+        settings
+    )
     wide = _check.accumulate_dtype(x.dtype)
     (top, left), args = padding, (tuple(stride), (0, 0, 0, 0), tuple(output_padding), tuple(dilation))
     args = ConvArguments(args[0], (left, left, top, top), args[2], args[3], "zeros", transposed, groups)
@@ -228,9 +230,7 @@ def _conv_setup(ctx, inputs, output) -> None:
     saved_y = None if ctx.act.act == "linear" and ctx.act.clamp is None else y
     if not ctx.act.known_from_output(ctx.has_residual):
         saved_y = None
-    ctx.save_for_backward(
-        x, weight, in_scale, out_scale, noise, strength, bias, saved_y, c if ctx.save_conv else None
-    )
+    ctx.save_for_backward(x, weight, in_scale, out_scale, noise, strength, bias, saved_y, c if ctx.save_conv else None)
 
 
 def _before_activation(ctx, grad_y: Tensor) -> Tensor:

@@ -30,33 +30,35 @@ def spectral_sigma(
 ) -> Tensor:
     """Largest singular value of every weight, estimated by power iteration: σ = uᵀ W v.
 
-    One iteration is u ← n(W v), v ← n(Wᵀ u) with ``order="parametrization"`` (torch.nn.utils.parametrizations.spectral_norm) and
-    v ← n(Wᵀ u), u ← n(W v) with ``order="hook"`` (torch.nn.utils.spectral_norm); n(x) = x / max(‖x‖, eps). The weight's matrix
-    W [rows, columns] has axis ``dim`` as rows and the other axes, in their order, as columns. The C++ backend reads each weight
-    once per iteration, in the layout it has (contiguous, channels_last or strided: nothing is copied as a whole), and its results
-    do not depend on the number of threads.
+    One iteration is u ← n(W v), v ← n(Wᵀ u) with ``order="parametrization"``
+    (torch.nn.utils.parametrizations.spectral_norm) and v ← n(Wᵀ u), u ← n(W v) with ``order="hook"``
+    (torch.nn.utils.spectral_norm); n(x) = x / max(‖x‖, eps). The weight's matrix W [rows, columns] has axis ``dim`` as
+    rows and the other axes, in their order, as columns. The C++ backend reads each weight once per iteration, in the
+    layout it has (contiguous, channels_last or strided: nothing is copied as a whole), and its results do not depend on
+    the number of threads.
 
     Args:
-        weights: one tensor per layer, of any rank ≥ 2 and any shapes, all of one dtype (float64, float32, bfloat16, float16) on one
-            device. ``order="hook"`` also takes rank 1 as a matrix [n, 1]; the parametrisation divides a vector by its norm
-            instead, which needs no σ, so there rank 1 is an error.
+        weights: one tensor per layer, of any rank ≥ 2 and any shapes, all of one dtype (float64, float32, bfloat16,
+            float16) on one device. ``order="hook"`` also takes rank 1 as a matrix [n, 1]; the parametrisation divides a
+            vector by its norm instead, which needs no σ, so there rank 1 is an error.
         us: per layer [rows], float32 (float64 for float64 weights); advanced in place unless ``n_iter`` is 0.
         vs: per layer [columns], like ``us``.
         n_iter: power iterations, ≥ 0; 0 only reads.
         order: "parametrization" or "hook", see above.
         eps: smallest norm that is divided by.
-        dims: per layer the axis of the rows, 0 for convolutions and linear layers (the default), 1 for transposed convolutions.
+        dims: per layer the axis of the rows, 0 for convolutions and linear layers (the default), 1 for transposed
+            convolutions.
         backend: see :mod:`fastgan.backends`.
 
     Returns:
-        σ [layers], float32 (float64 for float64 weights). An all-zero weight has σ = 0; a NaN stays in its layer. An empty list
-        gives an empty tensor.
+        σ [layers], float32 (float64 for float64 weights). An all-zero weight has σ = 0; a NaN stays in its layer. An
+        empty list gives an empty tensor.
 
     Raises:
         TypeError, ValueError: naming the argument, what is expected and what was given.
 
-    Gradients: to ``weights``, 1st and 2nd order; ∂σ/∂W = u vᵀ with u and v constants (their new values). Weights that need none
-    cost nothing in backward.
+    Gradients: to ``weights``, 1st and 2nd order; ∂σ/∂W = u vᵀ with u and v constants (their new values). Weights that
+    need none cost nothing in backward.
 
     Source: Miyato et al., Spectral Normalization for GANs (2018), algorithm 1 and equation 11.
     """
@@ -83,6 +85,40 @@ def spectral_sigma(
     return sigma
 
 
+def known_sigma(weights: Sequence[Tensor], sigma: Tensor, u: Tensor, v: Tensor, dims: Sequence[int]) -> Tensor:
+    """σ that was computed before, as a fresh result with :func:`spectral_sigma`'s gradient; no weight is read.
+
+    Args:
+        weights, dims: as in :func:`spectral_sigma`; the values of the weights do not matter.
+        sigma: [layers], without a gradient.
+        u, v: the vectors that ``sigma`` was computed from, those of all layers behind each other: [Σ rows],
+            [Σ columns].
+
+    Gradients: to ``weights``, 1st and 2nd order; ∂σ/∂W = u vᵀ.
+    """
+    return _known(list(weights), sigma, u, v, list(dims))
+
+
+def advanced_sigma(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *,
+    n_iter: int,
+    order: str,
+    eps: float,
+    dims: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`spectral_sigma` computes, without gradient, and the vectors that :func:`known_sigma` needs.
+
+    Returns:
+        (sigma, u, v), u and v those of all layers behind each other; ``us`` and ``vs`` have advanced in place.
+    """
+    with torch.no_grad():
+        sigma = spectral_sigma(weights, us, vs, n_iter=n_iter, order=order, eps=eps, dims=dims)
+        return sigma, torch.cat(list(us)), torch.cat(list(vs))
+
+
 def _checked_dims(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], dims: Sequence[int] | None) -> list[int]:
     for name, vectors in (("us", us), ("vs", vs)):
         if len(vectors) != len(weights):
@@ -97,7 +133,7 @@ def _checked_dims(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], dim
 def _check_layers(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], dims: list[int], order: str
 ) -> tuple[list[int], list[int]]:
-    """Check every layer against the first; returns the rows and columns of each. Negative ``dims`` are made positive in place."""
+    """Check every layer against the first; returns the rows and columns of each. Makes ``dims`` positive in place."""
     rows, columns = [], []
     first = _check.tensor(_NAME, "weights[0]", weights[0])
     device, dtype, vector_dtype = first.device, first.dtype, _check.accumulate_dtype(first.dtype)
@@ -143,10 +179,13 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    weights, _, _, _, _, _, dims = inputs
     _, u, v = output
     ctx.mark_non_differentiable(u, v)
     ctx.set_materialize_grads(False)
+    _save(ctx, inputs[0], u, v, inputs[-1])
+
+
+def _save(ctx: Any, weights: list[Tensor], u: Tensor, v: Tensor, dims: list[int]) -> None:
     # Not the weights: their values are not needed, and an optimiser may have stepped before backward.
     ctx.save_for_backward(u, v)
     ctx.shapes = [weight.shape for weight in weights]
@@ -155,6 +194,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_sigma: Tensor | None, grad_u: None, grad_v: None) -> tuple[Any, ...]:
+    return _weight_grads(ctx, grad_sigma), None, None, None, None, None, None
+
+
+def _weight_grads(ctx: Any, grad_sigma: Tensor | None) -> list[Tensor | None]:
     count = len(ctx.shapes)
     grads: list[Tensor | None] = [None] * count
     if grad_sigma is not None:
@@ -163,7 +206,20 @@ def _backward(ctx: Any, grad_sigma: Tensor | None, grad_u: None, grad_v: None) -
         blocks = [extent for shape, dim in zip(ctx.shapes, ctx.dims, strict=True) for extent in _block(shape, dim)]
         for i, grad in zip(needed, _sigma_bwd(grad_sigma, u, v, blocks, needed, ctx.dtype), strict=True):
             grads[i] = grad.view(ctx.shapes[i])
-    return grads, [None] * count, [None] * count, None, None, None, None
+    return grads
+
+
+def _known_fallback(weights: list[Tensor], sigma: Tensor, u: Tensor, v: Tensor, dims: list[int]) -> Tensor:
+    return sigma.clone()
+
+
+def _known_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, _, u, v, dims = inputs
+    _save(ctx, weights, u, v, dims)
+
+
+def _known_backward(ctx: Any, grad_sigma: Tensor | None) -> tuple[Any, ...]:
+    return _weight_grads(ctx, grad_sigma), None, None, None, None
 
 
 def _block(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
@@ -189,7 +245,7 @@ def _bwd_fallback(
     vectors = _split(u, v, blocks)
     grads = []
     for i in needed:
-        outer, rows, inner = blocks[3 * i : 3 * i + 3]
+        outer, _, inner = blocks[3 * i : 3 * i + 3]
         row, column = vectors[i]
         grads.append((grad_sigma[i] * row[None, :, None] * column.view(outer, 1, inner)).to(dtype))
     return grads
@@ -232,4 +288,12 @@ _sigma = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_known = define(
+    "spectral_sigma_known",
+    "(Tensor[] weights, Tensor sigma, Tensor u, Tensor v, int[] dims) -> Tensor",
+    fallback=_known_fallback,
+    fake=_known_fallback,
+    setup_context=_known_setup_context,
+    backward=_known_backward,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def weight_matrix(weight: Tensor, dim: int) -> Tensor:
-    """The matrix [rows, columns] of ``weight``: axis ``dim`` gives the rows, all others, in their order, the columns."""
+    """The matrix [rows, columns] of ``weight``: axis ``dim`` gives the rows, the others, in order, the columns."""
     if weight.ndim == 1:
         return weight[:, None]
     return weight.movedim(dim, 0).flatten(1)
@@ -41,7 +41,8 @@ def spectral_sigma(
                 else:
                     u = F.normalize(matrix @ v, dim=0, eps=eps)
                     v = F.normalize(matrix.mT @ u, dim=0, eps=eps)
-            # A copy even when nothing was iterated: the caller's vectors change in place at its next step, and backward needs these.
+            # A copy even when nothing was iterated: the caller's vectors change in place at its next step, and backward
+            # needs these.
             u, v = u.clone(), v.clone()
         sigmas.append(torch.dot(u, matrix @ v))
         new_us.append(u)
