@@ -366,13 +366,19 @@ def test_compiles_without_a_break(backend):
 
 
 def test_autocast_casts_x_and_weight_only():
+    """The same bits as the op on bfloat16 tensors without autocast: nothing inside is cast a second time."""
     x, weight, bias = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.full((4,), 1 + 2.0**-12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = scaled_conv2d(x, weight, out_scale=torch.full((), 1e-3), epilogue=ops.Epilogue(bias=bias), padding=1)
-    want = scaled_conv2d(x.bfloat16(), weight.bfloat16(), torch.ones(()), torch.full((), 1e-3), padding=1,
-                         epilogue=ops.Epilogue(bias=bias), backend="reference")  # fmt: skip
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, want, rtol=2**-8, atol=0)
+    scales, epilogue = (torch.rand(2, 3), torch.rand(2, 4)), ops.Epilogue(bias=bias, act="tanh")
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    for backend in ("cpp", "reference"):
+        want = scaled_conv2d(x.bfloat16(), weight.bfloat16(), *scales, padding=1, epilogue=epilogue, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = scaled_conv2d(x, weight, *scales, padding=1, epilogue=epilogue, backend=backend)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, want)
+        for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), leaves) for y in (got, want)), strict=True):
+            assert a.dtype == torch.float32
+            assert torch.equal(a, b)
 
 
 def test_an_unscaled_product_never_exists_in_half_precision():

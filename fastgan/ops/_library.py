@@ -40,6 +40,7 @@ def define(
     qualified = f"fastgan::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     op = getattr(torch.ops.fastgan, name).default
+    _keep_autocast_out(op)
     if backward is not None and setup_context is not None and _has_tensor_lists(op):
         _register_list_autograd(op, setup_context, backward)
     elif backward is not None:
@@ -47,6 +48,21 @@ def define(
             qualified, _only_what_is_asked(backward), setup_context=setup_context, lib=LIBRARY
         )
     return op
+
+
+def _keep_autocast_out(op: torch._ops.OpOverload) -> None:
+    """What a kernel calls inside runs as it is: the public functions have cast already what autocast is meant to cast.
+
+    Without this, autocast would round the operands of the convolution inside scaled_conv2d behind its back.
+    """
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+
+    def without_autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*args)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(op._opname, without_autocast, key)
 
 
 def _asked(ctx: Any) -> tuple[bool, ...]:
