@@ -239,7 +239,7 @@ def test_initial_weights_are_pix2pix() -> None:
 
 
 def test_initial_vectors_belong_to_the_initial_weights() -> None:
-    """Evaluated before any training, each convolution is close to spectral norm 1; vectors of other weights are far off."""
+    """Before any training, each convolution is near spectral norm 1; vectors of other weights are far off."""
     torch.manual_seed(0)
     for module in PatchGAN(6, 16).model.children():
         if isinstance(module, nn.Conv2d):
