@@ -96,6 +96,8 @@ def test_pure_wheel_holds_the_python_and_the_reason(pure_wheel: Path) -> None:
         info = json.loads(archive.read("fastgan/_build_info.json"))
     assert {"fastgan/__init__.py", "fastgan/ops/__init__.py", "fastgan/kernels/__init__.py"} <= names
     assert {name.split("/")[0] for name in names} == {"fastgan", pure_wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastgan").rglob("*.*") if path.suffix != ".py"}
+    assert {name for name in data if not name.endswith(BUILT)} <= names
     assert "fastgan/kernels.py" not in names
     assert not [name for name in names if name.endswith(".so")]
     assert (info["build_cpp"], info["cpp_reason"]) == (False, "FASTGAN_BUILD_CPP=0")
