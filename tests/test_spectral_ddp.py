@@ -65,7 +65,6 @@ def run_distributed(world: int, folder: Path) -> list[dict[str, tuple[list[float
     return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_two_processes_two_forwards_per_step(tmp_path: Path) -> None:
     """Ranks agree in every bit, and the numbers are those of torch's layers under DDP and of one process."""
     first, second = run_distributed(2, tmp_path)

@@ -107,7 +107,7 @@ def _register_list_autograd(
     """What torch.library.register_autograd does, for ops with tensor lists, without its cost per call.
 
     autograd.Function knows only flat tensors. register_autograd flattens all arguments with pytree and back, in every
-    forward and every backward (five layers of spectral_sigma: 450 us where this takes 100 us); the schema already says
+    forward and every backward (five layers of spectral_sigma, forward: 190 us where this takes 50 us); the schema says
     which are lists.
 
     Returns are either tensors or a single Tensor[].
