@@ -119,6 +119,7 @@ def register_autograd(
     setup_context: Callable[..., None],
     backward: Callable[..., Sequence[Tensor | None]],
     differentiable_results: int = 1,
+    ask_engine: bool = True,
 ) -> Callable[..., Any]:
     """What :func:`torch.library.register_autograd` does, at a fraction of its cost per call.
 
@@ -134,6 +135,9 @@ def register_autograd(
             ``differentiable``; ``ctx.needs_input_grad`` begins in the same order.
         differentiable_results: how many results, counted from the first, have a gradient; a single Tensor[] counts as
             one. The others are returned outside autograd.
+        ask_engine: narrow ``ctx.needs_input_grad`` to what this very backward pass is for. Asking costs microseconds
+            per tensor, and tens of them for a leaf of torch.autograd.grad (the engine answers with an exception): False
+            is for a formula whose gradients cost less than that.
 
     Returns:
         A function that takes and returns what ``op`` does. In eager mode it enters autograd directly; under
@@ -155,7 +159,8 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            ctx.needs_input_grad = _asked(ctx)
+            if ask_engine:
+                ctx.needs_input_grad = _asked(ctx)
             return (*backward(ctx, *gradients), None)
 
     # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.

@@ -299,13 +299,18 @@ def _no_third_order(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
 
 
 forward = _library.register_autograd(
-    _forward, differentiable=lambda real, fake, *rest: (*real, *fake), setup_context=_setup_forward, backward=_backward
+    _forward,
+    differentiable=lambda real, fake, *rest: (*real, *fake),
+    setup_context=_setup_forward,
+    backward=_backward,
+    ask_engine=False,
 )
 _gradient = _library.register_autograd(
     _bwd,
     differentiable=lambda grad_loss, slopes, real, fake, *rest: (grad_loss, *real, *fake),
     setup_context=_setup_bwd,
     backward=_bwd_backward,
+    ask_engine=False,
 )
 _gradient_of_gradient = _library.register_autograd(
     _bwd_bwd,
