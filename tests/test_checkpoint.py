@@ -229,7 +229,7 @@ def test_no_checkpoint_and_damaged_checkpoints_are_refused(photos, tmp_path):
     whole = session.checkpoint.read_bytes()
     for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
         session.checkpoint.write_bytes(damaged)
-        with pytest.raises(ValueError, match="must be a checkpoint of fastgan, got a file that torch cannot read"):
+        with pytest.raises(ValueError, match="must be a checkpoint of fastgan, got a file that cannot be read"):
             session.resume()
     torch.save({"weights": torch.zeros(2)}, session.checkpoint)
     with pytest.raises(ValueError, match="got something else"):
@@ -250,7 +250,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"format": checkpoint.FORMAT, "x": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="torch cannot read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_checkpoint(tmp_path / "evil.pt", config={}, data="")
     assert not (tmp_path / "ran").exists()
 
