@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from fastgan.backends import backend, explain
 
 if TYPE_CHECKING:
     import os
+    from types import ModuleType
 
     import torch
 
@@ -26,3 +28,10 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     from fastgan.models import saved
 
     return saved.load(path, device=device)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``fastgan.ops`` and its siblings, imported on first use."""
+    if name in ("models", "nn", "ops", "profile", "train"):
+        return importlib.import_module(f"fastgan.{name}")
+    raise AttributeError(f"module 'fastgan' has no attribute {name!r}")

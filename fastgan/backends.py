@@ -1,9 +1,9 @@
 """Which implementation of an op runs: the choice, its reasons, and how a user overrides it.
 
 The first that applies decides: the ``backend=`` argument of the call, an enclosing ``with fastgan.backend(name)``, the
-environment variable ``FASTGAN_BACKEND`` (read once, at import), and last the default order of :data:`DEFAULT_ORDER`. A backend
-answers ``can_run(...) -> None | reason`` from shapes, dtypes and device alone. An explicit choice that cannot run raises with
-the reason; the automatic choice takes the next backend and logs that once.
+environment variable ``FASTGAN_BACKEND`` (read once, at import), and last the default order of :data:`DEFAULT_ORDER`. A
+backend answers ``can_run(...) -> None | reason`` from shapes, dtypes and device alone. An explicit choice that cannot
+run raises with the reason; the automatic choice takes the next backend and logs that once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def backend(name: str) -> Iterator[None]:
         name: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
-        ValueError: for another name; and from the op itself, with the reason, if the backend cannot run what it is given.
+        ValueError: for another name; and from the op itself, with the reason, if the backend cannot run what it is
+            given.
     """
     previous, _local.override = _local.override, _checked(name, "fastgan.backend")
     try:
@@ -155,7 +156,8 @@ def always(*args: Any, **facts: Any) -> None:
 
 
 def cpp_can_run(device: torch.device, dtype: torch.dtype, **facts: Any) -> str | None:
-    """The C++ backend's common conditions: its library is loaded, the tensors are on the CPU, a floating dtype it knows."""
+    """The C++ backend's common conditions: its library is loaded, the tensors are on the CPU, a floating dtype it
+    knows."""
     if device.type != "cpu":
         return f"it runs on cpu tensors, got {device.type}"
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

@@ -60,11 +60,11 @@ def test_an_override_belongs_to_its_thread_and_ends_with_an_error():
 
 def test_wrong_names():
     with (
-        pytest.raises(ValueError, match="fastgan.backend: backend must be one of .* got 'gpu'"),
+        pytest.raises(ValueError, match=r"fastgan.backend: backend must be one of .* got 'gpu'"),
         fastgan.backend("gpu"),
     ):
         pass
-    with pytest.raises(ValueError, match="explain: op must be one of fastgan.ops, got 'conv'"):
+    with pytest.raises(ValueError, match=r"explain: op must be one of fastgan.ops, got 'conv'"):
         fastgan.explain("conv", X, W)
 
 

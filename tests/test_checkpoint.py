@@ -165,7 +165,9 @@ def test_the_last_checkpoint_survives_a_disk_error(photos, tmp_path, monkeypatch
         monkeypatch.setattr(checkpoint, "open", open_full, raising=False)
     else:
         monkeypatch.setattr(checkpoint.os, when, full)
-    with pytest.raises(OSError, match="cannot write .*checkpoint.pt: No space left on device; what was there before") as caught:
+    with pytest.raises(
+        OSError, match="cannot write .*checkpoint.pt: No space left on device; what was there before"
+    ) as caught:
         session.run(Limit(steps=2))
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()

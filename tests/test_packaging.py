@@ -141,6 +141,8 @@ def third_party_imports() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("require", "extras.require"):
+                found.add(ast.literal_eval(node.args[0]).split(".")[0])
     return found - set(sys.stdlib_module_names) - {"fastgan"}
 
 

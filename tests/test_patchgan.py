@@ -40,7 +40,9 @@ class PlainPatchGAN(nn.Module):
         return self.model(x)
 
 
-def pair(norm: str, spectral: bool, *, layers: int = 3, width: int = 6) -> tuple[PatchGAN, PlainPatchGAN]:
+def pair(
+    norm: str, spectral: bool, *, layers: int = 3, width: int = 6, dtype: torch.dtype = torch.float64
+) -> tuple[PatchGAN, PlainPatchGAN]:
     """The same weights in both, with norm weights and biases far enough from 1 and 0 to matter."""
     torch.manual_seed(0)
     fused = PatchGAN(4, width, layers, norm, spectral)
@@ -48,7 +50,11 @@ def pair(norm: str, spectral: bool, *, layers: int = 3, width: int = 6) -> tuple
     with torch.no_grad():
         for parameter in fused.parameters():
             parameter.mul_(2).add_(torch.randn_like(parameter), alpha=0.02)
+    fused, plain = fused.to(dtype), plain.to(dtype)
     plain.load_state_dict(fused.state_dict(), strict=True)
+    # Vectors drawn in float32 have length 1 to 7 digits; ours evaluates with their direction, torch with what they are.
+    image = torch.randn(2, 4, 48, 48, dtype=dtype)
+    fused(image), plain(image)
     return fused, plain
 
 
@@ -99,7 +105,7 @@ def test_keys_are_pix2pix() -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_output_and_gradients_match_plain_torch(norm: str, spectral: bool, training: bool, dtype: torch.dtype) -> None:
-    fused, plain = (model.to(dtype).train(training) for model in pair(norm, spectral))
+    fused, plain = (model.train(training) for model in pair(norm, spectral, dtype=dtype))
     x = torch.randn(2, 4, 32, 40, dtype=dtype)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [model(given) for model, given in zip((fused, plain), inputs, strict=True)]
@@ -121,7 +127,7 @@ def test_output_and_gradients_match_plain_torch(norm: str, spectral: bool, train
 @spectrals
 def test_training_steps_match_plain_torch(norm: str, spectral: bool) -> None:
     """Two forwards a step, real and fake, as critics are trained; a spectral layer steps its vectors at each."""
-    fused, plain = (model.double() for model in pair(norm, spectral, width=3))
+    fused, plain = pair(norm, spectral, width=3)
     optimisers = [torch.optim.Adam(model.parameters(), 1e-3, betas=(0.5, 0.999), eps=1e-4) for model in (fused, plain)]
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
@@ -146,7 +152,7 @@ def test_training_steps_match_plain_torch(norm: str, spectral: bool) -> None:
 @pytest.mark.parametrize("norm", ["instance", "none"])
 @spectrals
 def test_gradient_penalty_matches_plain_torch(norm: str, spectral: bool) -> None:
-    fused, plain = (model.double() for model in pair(norm, spectral, width=3, layers=2))
+    fused, plain = pair(norm, spectral, width=3, layers=2)
     x = torch.randn(2, 4, 16, 16, dtype=torch.float64)
     for model in (fused, plain):
         given = x.clone().requires_grad_()
@@ -160,7 +166,7 @@ def test_gradient_penalty_matches_plain_torch(norm: str, spectral: bool) -> None
 
 @norms
 def test_features_are_the_activated_maps(norm: str) -> None:
-    fused, plain = (model.double().eval() for model in pair(norm, True))
+    fused, plain = (model.eval() for model in pair(norm, True))
     x = torch.randn(2, 4, 32, 32, dtype=torch.float64)
     want, y = [], x
     for module in plain.model:
@@ -175,6 +181,33 @@ def test_features_are_the_activated_maps(norm: str) -> None:
     assert torch.equal(got[-1], fused(x))
 
 
+def test_evaluation_before_training_is_torchs() -> None:
+    torch.manual_seed(0)
+    fused, plain = PatchGAN(4, 6).eval(), PlainPatchGAN(4, 6, 3, "instance", True).eval()
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 4, 32, 32)
+    assert relative(fused(x), plain(x)) < 1e-5
+    for (key, ours), theirs in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), key
+
+
+@pytest.mark.parametrize("spectral", [False, True], ids=["plain", "spectral"])
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_compiles_without_breaks(norm: str, spectral: bool) -> None:
+    fused = pair(norm, spectral, width=2, layers=1)[0]
+    reference = copy.deepcopy(fused)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 16, 16, dtype=torch.float64)
+    want, got = reference(x), compiled(x)
+    assert relative(got, want) < 1e-11
+    want.square().sum().backward()
+    got.square().sum().backward()
+    for (key, ours), theirs in zip(fused.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-11, msg=key)
+    for (key, ours), theirs in zip(fused.state_dict().items(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12, msg=key)
+
+
 def test_one_logit_sees_70_pixels() -> None:
     critic = PatchGAN(3, 2, norm="none").eval()
     x = torch.randn(1, 3, 256, 256, requires_grad=True)
@@ -186,7 +219,7 @@ def test_one_logit_sees_70_pixels() -> None:
 
 
 def test_channels_last_and_empty_batch() -> None:
-    fused = pair("instance", True)[0].double().eval()
+    fused = pair("instance", True)[0].eval()
     x = torch.randn(2, 4, 32, 32, dtype=torch.float64)
     assert relative(fused(x.to(memory_format=torch.channels_last)), fused(x)) < 1e-11
     assert fused(x[:0]).shape == (0, 1, 2, 2)

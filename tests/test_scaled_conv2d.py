@@ -1,4 +1,5 @@
-"""scaled_conv2d: values and gradients against the float64 reference, derivatives of both orders, layouts, dtypes, errors."""
+"""scaled_conv2d: values and gradients against the float64 reference, derivatives of both orders, layouts, dtypes,
+errors."""
 
 from __future__ import annotations
 
@@ -86,8 +87,8 @@ def call(inputs: dict[str, torch.Tensor], geometry: str, pointwise: dict, **kwar
 
 
 def value_and_grads(inputs, geometry, pointwise, dtype, layout=torch.contiguous_format, function=call, **kwargs):
-    """y and the gradients of all inputs against a fixed random cotangent; x, weight and residual in ``dtype``, the rest in the
-    accumulation dtype."""
+    """y and the gradients of all inputs against a fixed random cotangent; x, weight and residual in ``dtype``, the rest
+    in the accumulation dtype."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = {k: v.to(dtype if k in ("x", "weight", "residual") else wide) for k, v in inputs.items()}
     leaves["x"] = leaves["x"].contiguous(memory_format=layout)
@@ -125,15 +126,16 @@ def eager(inputs, geometry, pointwise):
 
 
 def relative_errors(got: dict, exact: dict, inputs: dict | None = None) -> dict[str, float]:
-    """Max-norm errors. With ``inputs``, the one scalar gradient is measured against the root sum of squares of its terms: against
-    itself, it would be a matter of luck how much they cancel."""
+    """Max-norm errors. With ``inputs``, the one scalar gradient is measured against the root sum of squares of its
+    terms: against itself, it would be a matter of luck how much they cancel."""
     scale = {k: v.abs().max().clamp_min(1e-30) for k, v in exact.items()}
     if inputs is not None and "noise" in inputs:
         scale["noise_strength"] = (exact["noise"] / inputs["noise_strength"] * inputs["noise"]).norm()
     return {k: ((got[k].double() - v).abs().max() / scale[k]).item() for k, v in exact.items()}
 
 
-# What remains when both errors are a few roundings: measured 4e-7 (float32) at worst over the cases below, one ulp in half.
+# What remains when both errors are a few roundings: measured 4e-7 (float32) at worst over the cases below, one ulp in
+# half.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -150,7 +152,8 @@ def test_values_and_gradients_against_float64(geometry, dtype):
             for k, v in inputs.items()
         }
         if dtype != torch.float32:
-            # A clamp's gradient is a step: one value that rounds onto the bound would decide the max-norm, eager or fused.
+            # A clamp's gradient is a step: one value that rounds onto the bound would decide the max-norm, eager or
+            # fused.
             pointwise = {**pointwise, "clamp": None}
         exact = value_and_grads(inputs, geometry, pointwise, torch.float64, backend="reference")
         fused = relative_errors(
@@ -187,7 +190,8 @@ def test_activations_at_the_ends_of_the_range():
             y = scaled_conv2d(leaf, weight.to(dtype), epilogue=ops.Epilogue(act=act), backend=backend)
             results.append((y.double(), torch.autograd.grad(y.sum(), leaf)[0].double()))
         # Values below e^-87 are flushed to zero.
-        # A slope taken from the result (1 - t² for tanh) is exact to a rounding of the result, no better; torch's own are the same.
+        # A slope taken from the result (1 - t² for tanh) is exact to a rounding of the result, no better; torch's own
+        # are the same.
         for got, want, floor in zip(*results, (1e-36, 1e-7), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=floor, msg=lambda text, act=act: f"{act}: {text}")
 
@@ -296,15 +300,15 @@ def test_calls_of_an_r1_penalty():
     assert inner.counts == {"scaled_conv2d": 2, "activation_grad": 1}
     with CountCalls() as outer:
         torch.autograd.grad(grad.square().sum(), weights)
-    # The outer backward runs the two transposed convolutions' own backwards; the forward's backward is not entered, since a
-    # piecewise linear network has no other second-order path.
+    # The outer backward runs the two transposed convolutions' own backwards; the forward's backward is not entered,
+    # since a piecewise linear network has no other second-order path.
     assert outer.counts["scaled_conv2d_weight_grad"] == 2
     assert sum(outer.counts.values()) <= 5
 
 
 @pytest.mark.parametrize("geometry", ["3x3", "4x4 s2", "transposed 4x4 s2", "transposed groups"])
 def test_opcheck(geometry):
-    c_in, c_out, *_, options = GEOMETRIES[geometry]
+    options = GEOMETRIES[geometry][5]
     inputs = {k: v.float() for k, v in make_inputs(geometry, POINTWISE["stylegan"]).items()}
     stride, padding = (options.get("stride", 1),) * 2, (options.get("padding", 0),) * 2
     transposed, groups = options.get("transposed", False), options.get("groups", 1)
@@ -362,13 +366,19 @@ def test_compiles_without_a_break(backend):
 
 
 def test_autocast_casts_x_and_weight_only():
+    """The same bits as the op on bfloat16 tensors without autocast: nothing inside is cast a second time."""
     x, weight, bias = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.full((4,), 1 + 2.0**-12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = scaled_conv2d(x, weight, out_scale=torch.full((), 1e-3), epilogue=ops.Epilogue(bias=bias), padding=1)
-    want = scaled_conv2d(x.bfloat16(), weight.bfloat16(), torch.ones(()), torch.full((), 1e-3), padding=1,
-                         epilogue=ops.Epilogue(bias=bias), backend="reference")  # fmt: skip
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, want, rtol=2**-8, atol=0)
+    scales, epilogue = (torch.rand(2, 3), torch.rand(2, 4)), ops.Epilogue(bias=bias, act="tanh")
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    for backend in ("cpp", "reference"):
+        want = scaled_conv2d(x.bfloat16(), weight.bfloat16(), *scales, padding=1, epilogue=epilogue, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = scaled_conv2d(x, weight, *scales, padding=1, epilogue=epilogue, backend=backend)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, want)
+        for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), leaves) for y in (got, want)), strict=True):
+            assert a.dtype == torch.float32
+            assert torch.equal(a, b)
 
 
 def test_an_unscaled_product_never_exists_in_half_precision():
@@ -379,7 +389,8 @@ def test_an_unscaled_product_never_exists_in_half_precision():
     )
     scale = torch.full((), 1e-3, requires_grad=True)
     y = scaled_conv2d(x, weight, out_scale=scale, backend="cpp")
-    assert y.isfinite().all() and abs(y[0, 0, 0, 0].item() - 576) < 0.5
+    assert y.isfinite().all()
+    assert abs(y[0, 0, 0, 0].item() - 576) < 0.5
     y.float().sum().backward()
     assert abs(scale.grad.item() / (576e3 * 8) - 1) < 1e-3
 
@@ -411,7 +422,8 @@ def test_inputs_are_left_alone_and_results_are_fresh():
     first = call(inputs, "1x1", POINTWISE["residual"])
     second = call(inputs, "1x1", POINTWISE["residual"])
     assert all(torch.equal(v, before[k]) for k, v in inputs.items())
-    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -421,14 +433,16 @@ def test_empty_batch(backend):
     assert y.shape == (0, 8, 6, 5)
     grads = torch.autograd.grad(y.sum(), list(inputs.values()))
     for leaf, grad in zip(inputs.values(), grads, strict=True):
-        assert grad.shape == leaf.shape and not grad.any()
+        assert grad.shape == leaf.shape
+        assert not grad.any()
 
 
 def test_nan_stays_in_its_sample():
     inputs = make_inputs("3x3", POINTWISE["stylegan"])
     inputs["x"][1, 2, 3, 4] = torch.nan
     y = call(inputs, "3x3", POINTWISE["stylegan"], backend="cpp")
-    assert not y[0].isnan().any() and y[1, :, 3, 4].isnan().all()
+    assert not y[0].isnan().any()
+    assert y[1, :, 3, 4].isnan().all()
 
 
 def test_debug_raises_on_nan(monkeypatch):
@@ -464,30 +478,36 @@ def test_matches_the_layer_it_replaces():
 
 
 IMAGE, KERNEL = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+
+
+def conv(x=IMAGE, weight=KERNEL, *scales, epilogue=None, **options):
+    return scaled_conv2d(x, weight, *scales, **options, epilogue=ops.Epilogue(**(epilogue or {})))
+
+
 BAD = [
-    (lambda: scaled_conv2d(IMAGE[0], KERNEL), r"x must have 4 dimensions, got \[3, 8, 8\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL[:, :2]), r"C_in/groups = 3 .* got \[4, 2, 3, 3\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, groups=2), r"C_in/groups = 1 .* groups = 2"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, torch.ones(2, 4)), r"in_scale must be \[N, C\] = \[2, 3\], .* got \[2, 4\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, None, torch.ones(3)), r"out_scale must be .*\[4\], .* got \[3\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL.double()), r"weight must be torch.float32 like x, got torch.float64"),
-    (lambda: scaled_conv2d(IMAGE.long(), KERNEL), r"x must be floating point, got torch.int64"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL.to("meta")), r"weight must be on cpu like x, got meta"),
-    (lambda: scaled_conv2d(IMAGE[:, :, :0], KERNEL), r"x must have H and W of at least 1, got \[2, 3, 0, 8\]"),
-    (lambda: scaled_conv2d(IMAGE[:, :, :2], KERNEL), r"large enough .* gives 0x6"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, stride=0), r"stride must be an int or \(h, w\), each at least 1, got 0"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, padding=-1), r"padding must be .* got -1"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, padding=8, padding_mode="reflect"), r"padding must be below H and W = \[8, 8\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, padding_mode="circular"), r"padding_mode must be one of .* got 'circular'"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, output_padding=1), r"output_padding must be 0 unless transposed"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL[:3], transposed=True, output_padding=1), r"output_padding must be below stride"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, epilogue=ops.Epilogue(bias=torch.ones(3))), r"epilogue.bias must be \[C_out\] = \[4\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, epilogue=ops.Epilogue(act="gelu")), r"epilogue.act must be one of .* got 'gelu'"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, epilogue=ops.Epilogue(clamp=0)), r"epilogue.clamp must be positive"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, epilogue=ops.Epilogue(noise=torch.ones(8, 8))), r"noise must be \[H, W\] = \[6, 6\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, epilogue=ops.Epilogue(residual=IMAGE)), r"residual must be .* \[2, 4, 6, 6\]"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, backend="metal"), r"backend must be one of .* got 'metal'"),
-    (lambda: scaled_conv2d(IMAGE, KERNEL, backend="triton"), r"'triton' .* cannot run this call: it has no kernel"),
+    (lambda: conv(IMAGE[0], KERNEL), r"x must have 4 dimensions, got \[3, 8, 8\]"),
+    (lambda: conv(IMAGE, KERNEL[:, :2]), r"C_in/groups = 3 .* got \[4, 2, 3, 3\]"),
+    (lambda: conv(groups=2), r"C_in/groups = 1 .* groups = 2"),
+    (lambda: conv(IMAGE, KERNEL, torch.ones(2, 4)), r"in_scale must be \[N, C\] = \[2, 3\], .* got \[2, 4\]"),
+    (lambda: conv(IMAGE, KERNEL, None, torch.ones(3)), r"out_scale must be .*\[4\], .* got \[3\]"),
+    (lambda: conv(IMAGE, KERNEL.double()), r"weight must be torch.float32 like x, got torch.float64"),
+    (lambda: conv(IMAGE.long(), KERNEL), r"x must be floating point, got torch.int64"),
+    (lambda: conv(IMAGE, KERNEL.to("meta")), r"weight must be on cpu like x, got meta"),
+    (lambda: conv(IMAGE[:, :, :0], KERNEL), r"x must have H and W of at least 1, got \[2, 3, 0, 8\]"),
+    (lambda: conv(IMAGE[:, :, :2], KERNEL), r"large enough .* gives 0x6"),
+    (lambda: conv(stride=0), r"stride must be an int or \(h, w\), each at least 1, got 0"),
+    (lambda: conv(padding=-1), r"padding must be .* got -1"),
+    (lambda: conv(padding=8, padding_mode="reflect"), r"padding must be below H and W = \[8, 8\]"),
+    (lambda: conv(padding_mode="circular"), r"padding_mode must be one of .* got 'circular'"),
+    (lambda: conv(output_padding=1), r"output_padding must be 0 unless transposed"),
+    (lambda: conv(IMAGE, KERNEL[:3], transposed=True, output_padding=1), r"output_padding must be below stride"),
+    (lambda: conv(epilogue={"bias": torch.ones(3)}), r"epilogue.bias must be \[C_out\] = \[4\]"),
+    (lambda: conv(epilogue={"act": "gelu"}), r"epilogue.act must be one of .* got 'gelu'"),
+    (lambda: conv(epilogue={"clamp": 0}), r"epilogue.clamp must be positive"),
+    (lambda: conv(epilogue={"noise": torch.ones(8, 8)}), r"noise must be \[H, W\] = \[6, 6\]"),
+    (lambda: conv(epilogue={"residual": IMAGE}), r"residual must be .* \[2, 4, 6, 6\]"),
+    (lambda: conv(backend="metal"), r"backend must be one of .* got 'metal'"),
+    (lambda: conv(backend="triton"), r"'triton' .* cannot run this call: it has no kernel"),
 ]  # fmt: skip
 
 

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan import ops
 from fastgan.models import UNetGenerator
+from fastgan.models._layers import ConvAct
 
 
 class PlainBlock(nn.Module):
@@ -203,18 +205,44 @@ def test_initial_weights_are_pix2pix() -> None:
     assert norm_weights.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+def test_evaluation_is_one_call_per_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded batch norms, also where the convolution before has a bias and the norm has no weights."""
+    calls = []
+    norm_act = ops.norm_act
+    monkeypatch.setattr(ops, "norm_act", lambda *args, **kwargs: calls.append(1) or norm_act(*args, **kwargs))
+    fused, plain = (model.double() for model in pair("batch"))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    fused(x), plain(x)
+    assert len(calls) == 7
+    bare = nn.BatchNorm2d(12, affine=False).double()
+    bare.running_mean.normal_()
+    conv = ConvAct(6, 12, 4, 2, 1).double()
+    inner, plain_inner = fused.model.model["1"].model, plain.model.model[1].model
+    inner["1"], inner["2"] = conv, bare
+    plain_inner[1], plain_inner[2] = nn.Conv2d(6, 12, 4, 2, 1).double(), bare
+    plain_inner[1].load_state_dict(conv.state_dict())
+    calls.clear()
+    assert relative(fused.eval()(x), plain.eval()(x)) < 1e-11
+    assert not calls
+
+
 def test_exchanged_and_hooked_norms_keep_their_activation() -> None:
     fused, plain = (model.double().eval() for model in pair("batch"))
-    seen = []
-    fused.model.model["1"].model["2"].register_forward_hook(lambda module, given, result: seen.append(result))
+    seen = {}
+    for key in ("2", "5"):
+        fused.model.model["1"].model[key].register_forward_hook(
+            lambda module, given, result, key=key: seen.update({key: result})
+        )
     inner = fused.model.model["1"].model["3"].model
     other = nn.GroupNorm(1, inner["2"].num_features, affine=False).double()
     inner["2"] = other
     plain.model.model[1].model[3].model[2] = other
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     assert relative(fused(x), plain(x)) < 1e-11
-    assert len(seen) == 1
-    assert seen[0].min() < 0
+    assert seen["2"].shape[1] == 12
+    assert seen["5"].shape[1] == 6
+    for result in seen.values():  # what the hook sees is not activated yet
+        assert result.min() < 0
 
 
 def test_channels_last_and_empty_batch() -> None:

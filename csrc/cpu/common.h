@@ -15,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#include "stable_compat.h"
+
 // A function marked FASTGAN_MULTIVERSION is compiled once per instruction set and chosen when the library is loaded, so
 // that one binary serves every x86-64. Everything that it inlines (FASTGAN_INLINE) is compiled with it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "stable_compat.h"
+
 namespace fastgan {
 namespace {
 

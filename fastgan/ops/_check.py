@@ -1,4 +1,5 @@
-"""Checks that the public ops share. Each raises ``ValueError: op: argument must be ..., got ...`` (or ``TypeError``)."""
+"""Checks that the public ops share. Each raises ``ValueError: op: argument must be ..., got ...`` (or
+``TypeError``)."""
 
 from __future__ import annotations
 

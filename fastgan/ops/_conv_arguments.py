@@ -92,8 +92,8 @@ class ConvArguments:
 
 
 class CheckedCall(NamedTuple):
-    """Tensors as kernels take them: scales [N or 1, C or 1], noise [N or 1, 1, H', W'], strength 0-dim, bias [C_out]; all in the
-    accumulation dtype but the residual, which has x's."""
+    """Tensors as kernels take them: scales [N or 1, C or 1], noise [N or 1, 1, H', W'], strength 0-dim, bias [C_out];
+    all in the accumulation dtype but the residual, which has x's."""
 
     in_scale: Tensor | None
     out_scale: Tensor | None
@@ -193,7 +193,8 @@ def _noise(noise: Tensor | None, n: int, hw: tuple[int, int], wide: torch.dtype)
         return None
     if tuple(noise.shape) not in (hw, (n, 1, *hw)):
         raise ValueError(
-            f"{_NAME}: epilogue.noise must be [H, W] = {list(hw)} or [N, 1, H, W] = {[n, 1, *hw]}, got {list(noise.shape)}"
+            f"{_NAME}: epilogue.noise must be [H, W] = {list(hw)} or [N, 1, H, W] = {[n, 1, *hw]}, "
+            f"got {list(noise.shape)}"
         )
     return noise.to(wide).reshape(-1 if noise.ndim == 4 and n else 1, 1, *hw).contiguous()
 

@@ -40,6 +40,7 @@ def define(
     qualified = f"fastgan::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     op = getattr(torch.ops.fastgan, name).default
+    _keep_autocast_out(op)
     if backward is not None and setup_context is not None and _has_tensor_lists(op):
         _register_list_autograd(op, setup_context, backward)
     elif backward is not None:
@@ -49,11 +50,27 @@ def define(
     return op
 
 
+def _keep_autocast_out(op: torch._ops.OpOverload) -> None:
+    """What a kernel calls inside runs as it is: the public functions have cast already what autocast is meant to cast.
+
+    Without this, autocast would round the operands of the convolution inside scaled_conv2d behind its back.
+    """
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+
+    def without_autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*args)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(op._opname, without_autocast, key)
+
+
 def _asked(ctx: Any) -> tuple[bool, ...]:
     """``ctx.needs_input_grad``, narrowed to what this very backward pass is for.
 
-    autograd.Function fixes it in forward: that an input requires a gradient. R1's inner gradient asks for the image alone, and
-    would compute every weight's gradient for nothing; torch's own operators ask the engine, and so does this.
+    autograd.Function fixes it in forward: that an input requires a gradient. R1's inner gradient asks for the image
+    alone, and would compute every weight's gradient for nothing; torch's own operators ask the engine, and so does
+    this.
     """
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
     return tuple(need and _will_run(next(nodes)) for need in ctx.needs_input_grad)
@@ -71,8 +88,8 @@ def _will_run(node: torch.autograd.graph.Node) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
-        # The engine refuses to answer in two cases, and both mean yes: a leaf whose gradient torch.autograd.grad was asked for, and a
-        # node that is called by hand.
+        # The engine refuses to answer in two cases, and both mean yes: a leaf whose gradient torch.autograd.grad was
+        # asked for, and a node that is called by hand.
         return True
 
 
@@ -153,20 +170,21 @@ def register_autograd_for_lists(
 ) -> Callable[..., Any]:
     """Autograd for an op with ``Tensor[]`` arguments whose Python overhead counts.
 
-    :func:`torch.library.register_autograd` flattens and rebuilds every nested argument, result and gradient with pytree: for a
-    loss over six small maps that costs more than the loss. Here the op names its differentiable tensors itself.
+    :func:`torch.library.register_autograd` flattens and rebuilds every nested argument, result and gradient with
+    pytree: for a loss over six small maps that costs more than the loss. Here the op names its differentiable tensors
+    itself.
 
     Args:
         op: its first result is differentiable (a Tensor or a Tensor[]), all others are not; no schema defaults.
         differentiable: (*args) -> the tensors that may get gradients, in a flat sequence.
         setup_context: (ctx, inputs, output), as in :func:`torch.library.register_autograd`.
         backward: (ctx, *gradients of the tensors of the first result) -> one gradient or None per tensor of
-            ``differentiable``; ``ctx.needs_input_grad`` begins in the same order. A formula calls only differentiable torch
-            functions and fastgan ops, so that it can be differentiated again.
+            ``differentiable``; ``ctx.needs_input_grad`` begins in the same order. A formula calls only differentiable
+            torch functions and fastgan ops, so that it can be differentiated again.
 
     Returns:
-        A function that takes and returns what ``op`` does. In eager mode it enters autograd without the detour from Python
-        through the dispatcher to Python, which would convert every argument twice; elsewhere it calls ``op``.
+        A function that takes and returns what ``op`` does. In eager mode it enters autograd without the detour from
+        Python through the dispatcher to Python, which would convert every argument twice; elsewhere it calls ``op``.
     """
 
     class Lists(torch.autograd.Function):
@@ -191,7 +209,7 @@ def register_autograd_for_lists(
 
     def run(*args: Any) -> Any:
         tensors = differentiable(*args) if torch.is_grad_enabled() else ()
-        if not any([t.requires_grad for t in tensors]):
+        if not any(t.requires_grad for t in tensors):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         outputs: list[Any] = []

@@ -110,7 +110,12 @@ def _forward_plain(
     empty = torch.empty(0, device=loss.device)
     above = [fraction(x > cut) for x in logits[: len(real)]]
     below = above if paired else [fraction(x <= cut) for x in logits[len(real) :]]
-    return loss, torch.stack(above) if above else empty, torch.stack(below) if below else empty.clone(), torch.cat(slopes)
+    return (
+        loss,
+        torch.stack(above) if above else empty,
+        torch.stack(below) if below else empty.clone(),
+        torch.cat(slopes),
+    )
 
 
 def _forward_fake(
@@ -254,7 +259,9 @@ def _by_map(
 def _check_recorded(ctx: Any, real_slopes: bool, fake_slopes: bool) -> None:
     needed = ctx.needs_input_grad
     if (any(needed[: ctx.reals]) and not real_slopes) or (any(needed[ctx.reals : -1]) and not fake_slopes):
-        raise RuntimeError("fastgan::patch_loss: a map needs a gradient, but the op was called without its side's slopes")
+        raise RuntimeError(
+            "fastgan::patch_loss: a map needs a gradient, but the op was called without its side's slopes"
+        )
 
 
 def _setup_bwd(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

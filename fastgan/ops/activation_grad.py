@@ -3,7 +3,8 @@
     order 1:  g ⊙ d clamp(gain · act(z), ±clamp) / dz
     order 2:  g ⊙ the derivative of that factor along ``ref``
 
-``ref`` is the activation's result y (``from_output``) where act' follows from it, else z. The derivative along y instead of z is what
+``ref`` is the activation's result y (``from_output``) where act' follows from it, else z. The derivative along y
+instead of z is what
 autograd needs: it continues through y's own graph, and nothing is divided by act'.
 """
 

@@ -268,9 +268,7 @@ def _map_scale(map_weight: Sequence[float] | Tensor | None, over_maps: str, coun
     return [float(weight) * share for weight in map_weight]
 
 
-def _check_sample_weight(
-    weight: Tensor, first: Tensor, real: list[Tensor] | None, fake: list[Tensor] | None
-) -> None:
+def _check_sample_weight(weight: Tensor, first: Tensor, real: list[Tensor] | None, fake: list[Tensor] | None) -> None:
     _check.tensor("patch_loss", "sample_weight", weight, ndim=1)
     if weight.requires_grad:
         raise ValueError("patch_loss: sample_weight must be a constant, got a tensor that requires grad")
@@ -282,4 +280,3 @@ def _check_sample_weight(
                 raise ValueError(
                     f"patch_loss: sample_weight must be [N] of {name}[{i}] = [{x.shape[0]}], got {list(weight.shape)}"
                 )
-

@@ -1,8 +1,8 @@
-"""``fastgan::pixel_dot``: Σ over pixels of a ⊙ b, [N, C, H, W] twice -> [N, C]: what the gradient of a scale is made of."""
+"""``fastgan::pixel_dot``: Σ over pixels of a ⊙ b, [N, C, H, W] twice -> [N, C]: what the gradient of a scale is made
+of."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastgan.ops._check import accumulate_dtype

@@ -1,9 +1,9 @@
 """scaled_conv2d: the one convolution under every layer, with scales around it and an epilogue behind it.
 
-Its linear part c = out_scale ⊙ conv(in_scale ⊙ x, W) is multilinear in (x, W, in_scale, out_scale). Each derivative is again a scaled
-convolution, its transpose, a scaled weight gradient or a sum over pixels, so a handful of registered ops is closed under
-differentiation: ``scaled_conv2d``, ``scaled_conv2d_weight_grad``, ``pixel_dot`` and ``activation_grad``. A derivative runs only if its
-input needs a gradient.
+Its linear part c = out_scale ⊙ conv(in_scale ⊙ x, W) is multilinear in (x, W, in_scale, out_scale). Each derivative is
+again a scaled convolution, its transpose, a scaled weight gradient or a sum over pixels, so a handful of registered ops
+is closed under differentiation: ``scaled_conv2d``, ``scaled_conv2d_weight_grad``, ``pixel_dot`` and
+``activation_grad``. A derivative runs only if its input needs a gradient.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ def scaled_conv2d(
     out_scale = 1/σ; equalised learning rate is a constant out_scale.
 
     Args:
-        x: [N, C_in, H, W], float32, float64, bfloat16 or float16; N may be 0, H and W may not. NCHW or channels_last; the result has
-            the layout that torch's convolution gives. On CPU, x is copied once if in_scale is given or x is a half type, and
-            once more if it is padded asymmetrically or not with zeros.
+        x: [N, C_in, H, W], float32, float64, bfloat16 or float16; N may be 0, H and W may not. NCHW or channels_last;
+            the result has the layout that torch's convolution gives. On CPU, x is copied once if in_scale is given or x
+            is a half type, and once more if it is padded asymmetrically or not with zeros.
         weight: [C_out, C_in/groups, k_h, k_w], or [C_in, C_out/groups, k_h, k_w] if transposed; x's dtype.
         in_scale: [N, C_in], [1, C_in], [C_in], [1, 1] or 0-dim: a factor on x's channels; None means 1.
         out_scale: likewise over C_out.
         stride, dilation: factors, int or (h, w).
-        padding: pixels; int, (h, w) or (left, right, top, bottom). Transposed: what is cut from the full result, symmetric.
+        padding: pixels; int, (h, w) or (left, right, top, bottom). Transposed: what is cut from the full result,
+            symmetric.
         output_padding: transposed only: rows and columns added at the bottom and right, below stride.
         padding_mode: "zeros", "reflect" or "replicate"; only zeros if transposed.
         transposed: transposed convolution (the adjoint of the convolution with the same weight).
@@ -70,8 +71,9 @@ def scaled_conv2d(
         backend: "reference" or "cpp"; None chooses.
 
     Returns:
-        [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), half types are rounded once. A NaN stays
-        within its sample (in the weight or a shared scale it reaches every sample); with FASTGAN_DEBUG=1 it raises.
+        [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), half types are rounded
+        once. A NaN stays within its sample (in the weight or a shared scale it reaches every sample); with
+        FASTGAN_DEBUG=1 it raises.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a backend that cannot run.
@@ -79,11 +81,12 @@ def scaled_conv2d(
 
     Autocast casts x and weight; scales, noise and bias stay in float32.
 
-    Gradients: 1st and 2nd order for x, weight, both scales, noise, noise_strength, bias and residual; the reference differentiates without
-    end. Saved for backward: the inputs and the result, and the convolution before its epilogue only if out_scale needs a gradient,
-    the activation cannot be inverted, or a residual hides its result.
+    Gradients: 1st and 2nd order for x, weight, both scales, noise, noise_strength, bias and residual; the reference
+    differentiates without end. Saved for backward: the inputs and the result, and the convolution before its epilogue
+    only if out_scale needs a gradient, the activation cannot be inverted, or a residual hides its result.
 
-    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", section 2.2 and equation 3; Miyato et al. 2018
+    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", section 2.2 and equation 3;
+        Miyato et al. 2018
     for 1/σ; the factoring into scales around one product is this library's.
     """
     x = _check.tensor(_NAME, "x", x, ndim=4)
@@ -186,7 +189,8 @@ def _linear_and_scale_grad(
     geometry: Geometry,
     dot_with: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The scaled convolution, and the gradient of its out_scale against the cotangent ``dot_with`` (None: not wanted)."""
+    """The scaled convolution, and the gradient of its out_scale against the cotangent ``dot_with`` (None: not
+    wanted)."""
     y, c = _linear(x, weight, in_scale, out_scale, geometry, save_conv=dot_with is not None)
     return y, None if dot_with is None else pixel_dot(dot_with, c).sum_to_size(out_scale.shape)
 
@@ -238,7 +242,7 @@ def _before_activation(ctx, grad_y: Tensor) -> Tensor:
     act = ctx.act
     if act.act == "linear" and act.clamp is None:
         return grad_y if act.gain == 1.0 else grad_y * act.gain
-    x, weight, in_scale, out_scale, noise, strength, bias, y, _ = ctx.saved_tensors
+    _, _, _, out_scale, noise, strength, bias, y, _ = ctx.saved_tensors
     if y is not None:
         return activation_grad(grad_y, y, *act, True, 1)
     z = _product(ctx)
@@ -254,8 +258,8 @@ def _product(ctx) -> Tensor:
 
 
 def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
-    x, weight, in_scale, out_scale, noise, strength, bias, y, c = ctx.saved_tensors
-    need_x, need_w, need_in, need_out, need_noise, need_strength, need_bias, need_residual = ctx.needs_input_grad[:8]
+    x, weight, in_scale, out_scale = ctx.saved_tensors[:4]
+    need_x, need_w, need_in, need_out = ctx.needs_input_grad[:4]
     grads: list[Tensor | None] = [None] * 8
     g, g_scale = None, None  # the cotangent of conv(in_scale ⊙ x, weight) is g_scale ⊙ g
     if grad_y is not None:
@@ -300,9 +304,10 @@ def _epilogue_grads(ctx, grad_y: Tensor, g: Tensor | None) -> list[Tensor | None
 
 _conv_op = define(
     _NAME,
-    "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor? noise, Tensor? noise_strength, Tensor? bias,"
-    " Tensor? residual, int[2] stride, int[2] padding, SymInt[2] output_padding, int[2] dilation, bool transposed, int groups,"
-    " str act, float alpha, float gain, float? clamp, float residual_gain, bool save_conv) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor? noise, Tensor? noise_strength,"
+    " Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, SymInt[2] output_padding, int[2] dilation,"
+    " bool transposed, int groups, str act, float alpha, float gain, float? clamp, float residual_gain, bool save_conv)"
+    " -> (Tensor, Tensor)",
     fallback=_conv_fallback,
     fake=_conv_fake,
     setup_context=_conv_setup,
@@ -311,8 +316,8 @@ _conv_op = define(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# fastgan::scaled_conv2d_weight_grad: the gradient of the weight of conv(in_scale ⊙ x, w) against g_scale ⊙ g, bilinear in (x, g) and in
-# the scales. A transposed convolution's is the same with the roles of x and g swapped.
+# fastgan::scaled_conv2d_weight_grad: the gradient of the weight of conv(in_scale ⊙ x, w) against g_scale ⊙ g, bilinear
+# in (x, g) and in the scales. A transposed convolution's is the same with the roles of x and g swapped.
 
 
 def _weight_geometry(geometry: Geometry) -> tuple:

@@ -1,4 +1,5 @@
-"""The nine activations of StyleGAN's bias_act, in plain torch: names, defaults and formulas that every backend follows."""
+"""The nine activations of StyleGAN's bias_act, in plain torch: names, defaults and formulas that every backend
+follows."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def resolve(act: str, alpha: float | None, gain: float | None) -> tuple[float, f
 def activate(x: Tensor, act: str, alpha: float | None, gain: float | None, clamp: float | None) -> Tensor:
     """clamp(gain · act(x), ±clamp), elementwise; None takes the activation's default, no clamp.
 
-    Differentiable without end. softplus is log(1 + exp(x)) everywhere: F.softplus turns linear above 20, off by 2e-9 there.
+    Differentiable without end. softplus is log(1 + exp(x)) everywhere: F.softplus turns linear above 20, off by 2e-9
+    there.
     """
     alpha, gain = resolve(act, alpha, gain)
     y = ACTIVATIONS[act].function(x, alpha)

@@ -19,7 +19,8 @@ class Epilogue:
         bias: [C_out].
         act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.
         alpha: slope of lrelu below zero; None means 0.2.
-        gain: factor on the activation; None means the activation's default (√2 for relu, lrelu, swish; else 1). Pix2Pix passes 1.
+        gain: factor on the activation; None means the activation's default (√2 for relu, lrelu, swish; else 1). Pix2Pix
+            passes 1.
         clamp: bound on the activation's magnitude after gain, > 0; None for none. The gradient is zero where it holds.
         residual: [N, C_out, H, W], the output's dtype; added after the clamp.
         residual_gain: factor on residual.

@@ -85,13 +85,14 @@ def patch_loss(
     """Σ over maps of map_scale · (mean of the real terms + mean of the fake terms), as ops.patch_loss defines them.
 
     Args:
-        real, fake: maps [N, ...], the same number of them; None leaves a side out. ``real`` is ignored for the generator
-            unless ``paired``.
+        real, fake: maps [N, ...], the same number of them; None leaves a side out. ``real`` is ignored for the
+            generator unless ``paired``.
         sample_weight: [N], or None for ones.
         map_scale: one factor per map, 1 / maps of an average included.
 
     Returns:
-        loss (0-dim, float32, or float64 for float64), real accuracy and fake accuracy [maps] float32, None for a side left out.
+        loss (0-dim, float32, or float64 for float64), real accuracy and fake accuracy [maps] float32, None for a side
+        left out.
     """
     if side == "generator" and not paired:
         real = None

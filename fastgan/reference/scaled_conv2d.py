@@ -33,8 +33,8 @@ def scaled_conv2d(
 ) -> Tensor:
     """y = epilogue(out_scale ⊙ conv(in_scale ⊙ x, weight)); scales are [N or 1, C or 1].
 
-    Half types are computed in float32 and rounded once, at the end. A transposed convolution takes (left, right, top, bottom)
-    with left = right and top = bottom.
+    Half types are computed in float32 and rounded once, at the end. A transposed convolution takes (left, right, top,
+    bottom) with left = right and top = bottom.
     """
     compute = compute_dtype(x)
     c, w = x.to(compute), weight.to(compute)
