@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastgan
 from fastgan.train.checkpoint import atomic_write
@@ -141,7 +141,7 @@ def prepare_folder(out: Path) -> None:
 
 def build(config: Pix2PixConfig) -> Pix2Pix:
     """The fused networks at their random start, which depends on the seed alone."""
-    from fastgan import models, ops
+    from fastgan import models, nn, ops
 
     def adversarial(real: Tensor | None, fake: Tensor, side: str) -> Tensor:
         return ops.patch_loss(real, fake, mode=config.loss, side=side).loss
@@ -150,6 +150,7 @@ def build(config: Pix2PixConfig) -> Pix2Pix:
         torch.manual_seed(config.seed)
         generator = models.UNetGenerator(**config.generator_arguments())
         critic = models.PatchGAN(**config.critic_arguments())
+    nn.group_spectral_norm(critic)
     return Pix2Pix(generator, critic, adversarial, config)
 
 
@@ -255,7 +256,6 @@ def _context(
     rows: list[dict[str, Any]],
     started: float,
 ) -> dict[str, Any]:
-    from fastgan.profile.latency import environment
     from fastgan.profile.report import line_chart
 
     photos, history, config = session.photos, session.history, session.model.config
@@ -284,7 +284,7 @@ def _context(
         ],
         "held_out": held_out,
         "measurements": measurements,
-        "environment": environment(),
+        "environment": _machine(),
         "command": _command(args),
         "run": run_facts,
         "sources": [(photo.name, photo.credit, role) for photo, role in roles],
@@ -312,6 +312,18 @@ def _headline(
     ]
 
 
+def _machine() -> dict[str, Any]:
+    from fastgan.profile.latency import environment, machine_limits
+
+    limits = machine_limits()
+    facts = {name: value for name, value in environment().items() if value is not None}
+    return {
+        **facts,
+        "reading memory": f"{limits.read_bytes / 1e9:.0f} GB/s (measured: a float32 sum)",
+        "multiplying": f"{limits.sgemm_flops / 1e9:.0f} GFLOP/s (measured: a float32 matrix product)",
+    }
+
+
 def _not_done() -> list[str]:
     notes = [
         "torch.compile is not timed here: compiling both networks takes longer than this job. bench/ has it.",
@@ -328,7 +340,7 @@ def _five_lines(
 ) -> str:
     generator, step = measurements.generator, measurements.step
     parities = measurements.parities
-    name, worst = max(parities, key=lambda row: row[1].worst.fused)
+    plain_error, fused_error = (max(values) for values in zip(*(p.largest for _, p in parities), strict=True))
     outside = [title for title, parity in parities if not parity.within]
     state = "all within bounds" if not outside else f"OUTSIDE bounds: {', '.join(outside)}"
     untrained, colour = held_out.gain_over(held_out.untrained), held_out.gain_over(held_out.mean_colour)
@@ -343,13 +355,13 @@ def _five_lines(
             f"{generator.timings[generator.best_plain].median * 1e3:.1f} ms ({generator.speedup:.2f}×); training step "
             f"{step.timings['fastgan'].median * 1e3:.0f} ms, plain {step.timings[step.best_plain].median * 1e3:.0f} ms "
             f"({step.speedup:.2f}×)",
-            f"parity     {len(parities)} comparisons, {state}; largest error {worst.worst.fused:.0e} of float64 "
-            f"(plain PyTorch {worst.worst.original:.0e}): {name}",
+            f"parity     {len(parities)} comparisons, {state}; largest error against float64 {fused_error:.0e}, plain "
+            f"PyTorch's {plain_error:.0e}",
         ]
     )
 
 
-def _millions(model: nn.Module) -> str:
+def _millions(model: torch.nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgan.profile import plain
 from fastgan.profile.compare import Comparison, compare
-from fastgan.profile.latency import Timing, measure
+from fastgan.profile.latency import Timing, measure, speedup
 from fastgan.profile.layers import pair_layers
 from fastgan.profile.parity import Parity, against_reference, check_parity
 from fastgan.train.data import Pairs
@@ -43,8 +43,8 @@ class Contest:
 
     @property
     def speedup(self) -> float:
-        """Best plain time over fastgan's: above 1, fastgan is faster."""
-        return self.timings[self.best_plain].median / self.timings["fastgan"].median
+        """How many times as fast fastgan is, the median over the rounds."""
+        return speedup(self.timings, "fastgan", self.best_plain)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def measure_step(model: Pix2Pix, twins: tuple[nn.Module, nn.Module], pairs: Pair
     config = model.config
     reference = _step_results(plain_trainer(*twins, config, dtype=torch.float64), pairs, torch.float64)
     original = _step_results(plain_trainer(*twins, config), pairs)
-    parity = against_reference(reference, original, _step_results(_copy(model), pairs))
+    parity = against_reference(reference, original, _step_results(_copy(model), pairs), accumulated=True)
     trainers = {"fastgan": _copy(model)}
     batches = {"fastgan": pairs}
     for name, layout in LAYOUTS.items():

@@ -151,7 +151,9 @@ def test_output_folder_that_refuses_files_is_found_before_any_work(tmp_path, cap
 
         monkeypatch.setattr(Path, "write_bytes", refuse)
     quickstart = importlib.import_module("fastgan.quickstart")
-    monkeypatch.setattr(quickstart, "load_photos", lambda *a, **k: pytest.fail("work began before the folder was checked"))
+    monkeypatch.setattr(
+        quickstart, "load_photos", lambda *a, **k: pytest.fail("work began before the folder was checked")
+    )
     status, text = error_of(capsys, "--out", out)
     assert status == 1
     assert "(Permission denied)" in text
@@ -196,9 +198,7 @@ def test_missing_extra_is_named_before_any_work(tmp_path, capsys, monkeypatch, m
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         return importlib.import_module(name)
 
-    monkeypatch.setattr(
-        extras, "importlib", type("importlib", (), {"import_module": staticmethod(absent)})
-    )
+    monkeypatch.setattr(extras, "importlib", type("importlib", (), {"import_module": staticmethod(absent)}))
     status, text = error_of(capsys, "--out", tmp_path / "out")
     assert status == 1
     assert f"fastgan needs {package} for this, and it is not installed: pip install 'fastgan[train,report]'" in text
@@ -216,7 +216,9 @@ def test_scikit_image_without_its_photographs(monkeypatch, tmp_path):
         origin = str(tmp_path / "__init__.py")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: Spec)
-    with pytest.raises(ValueError, match=r"must be in .*data, got astronaut.png: No such file or directory; .* and 2 more"):
+    with pytest.raises(
+        ValueError, match=r"must be in .*data, got astronaut.png: No such file or directory; .* and 2 more"
+    ):
         load_photos(None, size=32, seed=0)
 
 

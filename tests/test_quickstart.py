@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +92,12 @@ def test_resuming_goes_on_and_another_run_keeps_the_old_checkpoint(quick, folder
     assert run("--steps", 1, "--data", folder, "--out", out) == 0
     assert "the checkpoint of an earlier run is now" in capsys.readouterr().out
     assert torch.load(out / "checkpoint.previous.pt", weights_only=True)["step"] == 2
-    assert cli.main(["quickstart", *SMALL, "--width", "8", "--steps", "2", "--data", str(folder), "--out", str(out), "--resume"]) == 1
+    assert (
+        cli.main(
+            ["quickstart", *SMALL, "--width", "8", "--steps", "2", "--data", str(folder), "--out", str(out), "--resume"]
+        )
+        == 1
+    )
     assert "must have width = 8, got 4" in capsys.readouterr().err
 
 
@@ -106,9 +110,9 @@ def test_a_signal_saves_and_says_how_to_go_on(folder, tmp_path, number, status):
         [*command, "--data", str(folder), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment, cwd=Path(fastgan.__file__).parents[1],
     )  # fmt: skip
-    # The first line comes once the photographs are read; a few seconds later steps are being made.
-    assert "photographs to train on" in process.stdout.readline()
-    time.sleep(8)
+    # The first line of progress comes after the first step.
+    while "step 1 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors

@@ -90,8 +90,8 @@ def test_shapes_and_missing_outputs_are_refused():
     x = [torch.ones(3)]
     with pytest.raises(ValueError, match=r"compare: output of fused must be \[3\], as of original, got \[2\]"):
         check_parity(lambda x: x, lambda x: x[:2], x, {}, backward=False)
-    with pytest.raises(ValueError, match="must return what original does, got no output 1"):
-        check_parity(lambda x: (x, x), lambda x: (x, None), x, {}, backward=False)
+    with pytest.raises(ValueError, match="must return what original does, got no output 2"):
+        check_parity(lambda x: (x, x, x), lambda x: (x, x), x, {}, backward=False)
 
 
 def test_errors_are_relative_to_the_largest_value_of_the_reference():
@@ -100,6 +100,24 @@ def test_errors_are_relative_to_the_largest_value_of_the_reference():
     assert parity.errors[0].fused == pytest.approx(0.01)
     assert parity.errors[0].original == 0.0
     assert not Parity(parity.errors).within
+
+
+def test_a_gradient_that_is_zero_by_construction_is_measured_against_the_others():
+    layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4))
+    parity = check_parity(layer, deepcopy(layer), [torch.randn(2, 3, 8, 8)], {}, backward=True)
+    bias = next(error for error in parity.errors if error.name == "gradient of 0.bias")
+    assert bias.fused < 1.0
+    assert parity.within
+
+
+def test_accumulated_errors_are_bounded_by_the_originals_noise():
+    exact = {name: torch.ones(1, dtype=torch.float64) for name in ("a", "b")}
+    original = {"a": torch.tensor([1.0]), "b": torch.tensor([1.0 + 1e-5])}
+    fused = {"a": torch.tensor([1.0 + 8e-6]), "b": torch.tensor([1.0])}
+    assert not against_reference(exact, original, fused).within
+    assert against_reference(exact, original, fused, accumulated=True).within
+    fused["a"] += 2e-5
+    assert not against_reference(exact, original, fused, accumulated=True).within
 
 
 def test_layers_are_paired_once_per_kind_and_shape():

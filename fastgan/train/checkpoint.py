@@ -87,7 +87,9 @@ def load_checkpoint(path: Path, *, config: dict[str, Any], data: str) -> dict[st
     try:
         state = read_archive(path)
     except ValueError as error:
-        raise ValueError(f"quickstart: {path} must be a checkpoint of fastgan, got a file that cannot be read: {error}") from error
+        raise ValueError(
+            f"quickstart: {path} must be a checkpoint of fastgan, got a file that cannot be read: {error}"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"quickstart: {path} must be a checkpoint of `fastgan quickstart`, got something else")
     if state["version"] != VERSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ class Progress:
         self.limit, self.console = limit, console
         self.bar = None
         self.marks = [(session.seconds, session.step)]
-        self.printed_at = time.monotonic()
+        self.printed_at = -math.inf
         if console.is_terminal:
             bar = require("rich.progress", "train")
             self.bar = bar.Progress(
