@@ -238,6 +238,15 @@ def test_initial_weights_are_pix2pix() -> None:
             assert 0.01 < parameter.std().item() < 0.03, name
 
 
+def test_initial_vectors_belong_to_the_initial_weights() -> None:
+    """Before any training, each convolution is near spectral norm 1; vectors of other weights are far off."""
+    torch.manual_seed(0)
+    for module in PatchGAN(6, 16).model.children():
+        if isinstance(module, nn.Conv2d):
+            norm = torch.linalg.matrix_norm(module.weight.detach().flatten(1), 2).item()
+            assert 0.999 < norm < 1.3
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

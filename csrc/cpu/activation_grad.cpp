@@ -23,23 +23,27 @@ struct GradBlock {
 
 template <Act A, bool kFromOutput, bool kSecond, typename C>
 FASTGAN_INLINE void grad_loop(const GradBlock<C>& b) {
-  const C inverse_gain = C(1) / b.gain;
+  // Copies: a store through out could otherwise change what b refers to, and every value would be loaded again.
+  const C *const g = b.g, *const from = b.ref;
+  C* const out = b.out;
+  const C alpha = b.alpha, gain = b.gain, inverse_gain = C(1) / b.gain, clamp = b.clamp;
+  const int64_t n = b.n;
 #pragma omp simd
-  for (int64_t i = 0; i < b.n; ++i) {
-    const C ref = b.ref[i];
-    const C t = kFromOutput ? ref * inverse_gain : act_value<A>(ref, b.alpha);
-    const C y = kFromOutput ? ref : t * b.gain;
-    const C slope = act_slope<A>(t, ref, b.alpha);
+  for (int64_t i = 0; i < n; ++i) {
+    const C ref = from[i];
+    const C t = kFromOutput ? ref * inverse_gain : act_value<A>(ref, alpha);
+    const C y = kFromOutput ? ref : t * gain;
+    const C slope = act_slope<A>(t, ref, alpha);
     C factor;
     if constexpr (!kSecond) {
-      factor = b.gain * slope;
+      factor = gain * slope;
     } else if constexpr (kFromOutput) {
       factor = act_bend<A>(t, ref);  // d(gain * act')/dy: the gains cancel
     } else {
-      factor = b.gain * act_bend<A>(t, ref) * (A == Act::kSwish ? C(1) : slope);
+      factor = gain * act_bend<A>(t, ref) * (A == Act::kSwish ? C(1) : slope);
     }
-    const C value = b.g[i] * factor;
-    b.out[i] = (y >= b.clamp || y <= -b.clamp) ? C(0) : value;
+    const C value = g[i] * factor;
+    out[i] = (y >= clamp || y <= -clamp) ? C(0) : value;
   }
 }
 

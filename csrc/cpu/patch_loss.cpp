@@ -237,6 +237,11 @@ Plan make_plan(const Setting& setting) {
   return plan;
 }
 
+void check_slopes(const Plan& plan, const Tensor& slopes) {
+  STD_TORCH_CHECK(slopes.numel() == plan.slopes, "patch_loss: slopes must have ", plan.slopes, " elements, got ",
+                  slopes.numel());
+}
+
 template <typename F>
 void for_runs(const Plan& plan, const F& f) {
   const int64_t count = static_cast<int64_t>(plan.runs.size());
@@ -387,6 +392,7 @@ Maps patch_loss_bwd(const Tensor& grad_loss, const Tensor& slopes, const Maps& r
   dispatch_dtype("patch_loss_bwd", (real.empty() ? fake : real)[0].scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
     const Plan plan = make_plan<C>(setting);
+    check_slopes(plan, slopes);
     const double g = *grad_loss.const_data_ptr<C>();
     for_runs(plan, [&](int64_t, const Run& run) {
       for_sides(setting, run, [&](int64_t index, double sign) {
@@ -465,6 +471,7 @@ Maps patch_loss_bwd_bwd(const Maps& cotangents, const Tensor& grad_loss, const T
   dispatch_dtype("patch_loss_bwd_bwd", (real.empty() ? fake : real)[0].scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
     const Plan plan = make_plan<C>(setting);
+    check_slopes(plan, slopes);
     const double g = *grad_loss.const_data_ptr<C>();
     std::vector<double> sums(plan.runs.size());
     for_runs(plan, [&](int64_t i, const Run& run) {

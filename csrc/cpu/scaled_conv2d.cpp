@@ -31,14 +31,18 @@ struct EpilogueBlock {
 
 template <Act A, bool kPerElement, bool kNoise, typename C>
 FASTGAN_INLINE void epilogue_loop(const EpilogueBlock<C>& b) {
-  const C scale = b.scale[0], shift = b.shift[0];
+  // Copies: a store through y could otherwise change what b refers to, and every value would be loaded again.
+  const C *const c = b.c, *const scale = b.scale, *const shift = b.shift, *const noise = b.noise;
+  C* const y = b.y;
+  const C alpha = b.alpha, gain = b.gain, clamp = b.clamp, scale0 = scale[0], shift0 = shift[0];
+  const int64_t n = b.n;
 #pragma omp simd
-  for (int64_t i = 0; i < b.n; ++i) {
-    C z = b.c[i] * (kPerElement ? b.scale[i] : scale) + (kPerElement ? b.shift[i] : shift);
-    if constexpr (kNoise) z += b.noise[i];
-    const C v = act_value<A>(z, b.alpha) * b.gain;
+  for (int64_t i = 0; i < n; ++i) {
+    C z = c[i] * (kPerElement ? scale[i] : scale0) + (kPerElement ? shift[i] : shift0);
+    if constexpr (kNoise) z += noise[i];
+    const C v = act_value<A>(z, alpha) * gain;
     // In this form, and not with min and max, a NaN passes.
-    b.y[i] = v > b.clamp ? b.clamp : (v < -b.clamp ? -b.clamp : v);
+    y[i] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
   }
 }
 

@@ -1,6 +1,7 @@
 """The public ops. Each checks its arguments, chooses a backend and runs it; gradients are registered with torch."""
 
 from fastgan.ops.bias_act import bias_act
+from fastgan.ops.feature_matching_loss import feature_matching_loss
 from fastgan.ops.filtered_lrelu import filtered_lrelu
 from fastgan.ops.modulated_conv2d import modulated_conv2d
 from fastgan.ops.norm_act import norm_act
@@ -14,6 +15,7 @@ __all__ = [
     "Epilogue",
     "PatchLoss",
     "bias_act",
+    "feature_matching_loss",
     "filtered_lrelu",
     "modulated_conv2d",
     "norm_act",
