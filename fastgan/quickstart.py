@@ -264,7 +264,8 @@ def _context(
         "training": f"{session.step} steps of {config.batch} crops in {session.seconds:.0f} s ({speed:.1f} images/s)",
         "whole job": f"{time.monotonic() - started:.0f} s of this run, up to this page",
         "peak memory": f"{peak_memory_gib():.2f} GiB resident",
-        "generator": f"U-Net, width {config.width}, {_millions(session.model.generator)} parameters, {config.norm} norm",
+        "generator": f"U-Net, width {config.width}, {config.norm} norm, "
+        f"{_millions(session.model.generator)} parameters",
         "critic": f"PatchGAN with spectral norm, width {config.critic_width}, "
         f"{_millions(session.model.critic)} parameters",
         "training rule": f"{config.loss} GAN loss + {config.l1_weight:g} · L1, Adam {config.lr_generator:g} / "
@@ -330,8 +331,8 @@ def _not_done() -> list[str]:
         "Nothing is said about image quality beyond the held-out L1: with a handful of photographs no distance between "
         "distributions would mean anything.",
     ]
-    if not torch.cuda.is_available():
-        notes.append("No GPU was found, so nothing was measured on one.")
+    found = "A GPU was found, but this job uses" if torch.cuda.is_available() else "No GPU was found: this job used"
+    notes.append(f"{found} the CPU only, and no number here says anything about a GPU.")
     return notes
 
 

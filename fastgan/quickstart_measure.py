@@ -49,7 +49,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All of it: one comparison for each distinct layer, and the two contests. ``counts``: how often each layer occurs."""
+    """All of it: a comparison for each distinct layer, and two contests. ``counts``: how often each layer occurs."""
 
     layers: tuple[Comparison, ...]
     counts: tuple[int, ...]

@@ -165,9 +165,7 @@ def test_the_last_checkpoint_survives_a_disk_error(photos, tmp_path, monkeypatch
         monkeypatch.setattr(checkpoint, "open", open_full, raising=False)
     else:
         monkeypatch.setattr(checkpoint.os, when, full)
-    with pytest.raises(
-        OSError, match="cannot write .*checkpoint.pt: No space left on device; what was there before"
-    ) as caught:
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pt: No space left .*; what was there") as caught:
         session.run(Limit(steps=2))
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
@@ -197,9 +195,13 @@ def test_a_really_full_disk(photos, tmp_path):
 
 
 def test_atomic_write_leaves_nothing_behind_when_its_body_fails(tmp_path):
-    with pytest.raises(RuntimeError, match="a bug"), atomic_write(tmp_path / "file") as file:
-        file.write(b"half")
-        raise RuntimeError("a bug")
+    def write_half():
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"half")
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ import re
 from copy import deepcopy
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -160,7 +161,7 @@ def test_plain_adversarial_loss_is_patch_loss():
 
 def test_png_keeps_the_picture():
     picture = torch.rand(3, 9, 7) * 2 - 1
-    pixels = torch.from_numpy(__import__("numpy").array(Image.open(io.BytesIO(encode_png(picture)))))
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(encode_png(picture)))))
     torch.testing.assert_close(pixels.permute(2, 0, 1), ((picture + 1) * 127.5).round().to(torch.uint8))
     assert Image.open(io.BytesIO(encode_png(picture[:1]))).mode == "RGB"
 

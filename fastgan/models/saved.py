@@ -84,7 +84,7 @@ def read_archive(path: Path) -> Any:
     Raises:
         ValueError: with the reason, if it is another kind of file, damaged, or holds more than that.
     """
-    # torch falls back to its old format for any file that is not an archive, and then raises whatever its bytes lead to.
+    # torch takes any file that is no archive for its old format, and then raises whatever the bytes lead to.
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not a complete archive of torch.save")
     try:

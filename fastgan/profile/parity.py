@@ -17,7 +17,7 @@ Function = Callable[..., Any] | nn.Module
 # dtype, keeps a layer on which eager happens to be exact (a copy, a sum of two) from failing by one rounding.
 FACTOR = 2.0
 FLOOR_ROUNDINGS = 2.0
-# A gradient that is zero by construction, such as that of a bias before a normalisation, is nothing but rounding in every
+# A gradient that is zero by construction, such as that of a bias before a normalisation, is nothing but rounding in any
 # dtype. Below this share of the largest gradient of the comparison, errors are relative to that share of it.
 ZERO_SHARE = 1e-6
 

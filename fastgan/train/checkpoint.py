@@ -79,8 +79,8 @@ def load_checkpoint(path: Path, *, config: dict[str, Any], data: str) -> dict[st
         data: the fingerprint of the photographs.
 
     Raises:
-        ValueError: it is not such a checkpoint, or belongs to another configuration or other photographs; the text names
-            what differs.
+        ValueError: it is not such a checkpoint, or belongs to another configuration or other photographs; the text
+            names what differs.
     """
     if not path.is_file():
         raise ValueError(f"quickstart: --resume needs a checkpoint, got nothing at {path}")
@@ -105,7 +105,7 @@ def load_checkpoint(path: Path, *, config: dict[str, Any], data: str) -> dict[st
         )
     if state["data"] != data:
         raise ValueError(
-            f"quickstart: checkpoint {path} must come from these photographs (fingerprint {data}), got {state['data']}: "
-            "the files or the split changed since; train anew in another --out"
+            f"quickstart: checkpoint {path} must come from these photographs (fingerprint {data}), got "
+            f"{state['data']}: the files or the split changed since; train anew in another --out"
         )
     return state

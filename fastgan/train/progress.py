@@ -40,9 +40,12 @@ class Progress:
         if console.is_terminal:
             bar = require("rich.progress", "train")
             self.bar = bar.Progress(
-                bar.TextColumn("training"), bar.BarColumn(), bar.TaskProgressColumn(), bar.TextColumn("{task.description}"),
+                bar.TextColumn("training"),
+                bar.BarColumn(),
+                bar.TaskProgressColumn(),
+                bar.TextColumn("{task.description}"),
                 console=console,
-            )  # fmt: skip
+            )
             self.task = self.bar.add_task("", total=1.0)
 
     def __enter__(self) -> Progress:
