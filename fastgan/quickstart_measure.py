@@ -84,7 +84,7 @@ def measure_all(model: Pix2Pix, pairs: Pairs, on_part: Callable[[str], None]) ->
     generator = torch.Generator().manual_seed(config.seed)
     layers = tuple(
         compare(
-            deepcopy(pair.plain),
+            pair.plain,
             deepcopy(pair.fused),
             [torch.randn(pair.shape, generator=generator)],
             name=pair.title,

@@ -217,7 +217,7 @@ def test_scikit_image_without_its_photographs(monkeypatch, tmp_path):
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: Spec)
     with pytest.raises(
-        ValueError, match=r"must be in .*data, got astronaut.png: No such file or directory; .* and 2 more"
+        ValueError, match=r"must be in .*data, got chelsea.png: No such file or directory; .* and 2 more"
     ):
         load_photos(None, size=32, seed=0)
 

@@ -17,9 +17,10 @@ Function = Callable[..., Any] | nn.Module
 # dtype, keeps a layer on which eager happens to be exact (a copy, a sum of two) from failing by one rounding.
 FACTOR = 2.0
 FLOOR_ROUNDINGS = 2.0
-# A gradient that is zero by construction, such as that of a bias before a normalisation, is nothing but rounding in any
-# dtype. Below this share of the largest gradient of the comparison, errors are relative to that share of it.
-ZERO_SHARE = 1e-6
+# A gradient that is zero by construction, such as that of a bias before a normalisation, is nothing but rounding, in
+# float64 too. Below this share of the largest gradient of the comparison a tensor counts as zero, and its error is
+# relative to that largest gradient.
+ZERO_SHARE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def against_reference(
         ValueError: an output is missing from ``fused``, or a shape differs.
     """
     errors = []
-    gradients = [float(exact.abs().max()) for name, exact in reference.items() if name.startswith("gradient")]
-    least = ZERO_SHARE * max(gradients, default=0.0)
+    gradients = [float(g.abs().max()) for name, g in reference.items() if name.startswith("gradient") and g.numel()]
+    largest = max(gradients, default=0.0)
     for name, exact in reference.items():
         if name not in fused:
             if name.startswith("output"):
@@ -120,7 +121,9 @@ def against_reference(
                 f"compare: {name} of fused must be {list(exact.shape)}, as of original, got {list(fused[name].shape)}"
             )
         floor = FLOOR_ROUNDINGS * torch.finfo(fused[name].dtype).eps
-        scale = least if name.startswith("gradient") else 0.0
+        scale = float(exact.abs().max()) if exact.numel() else 0.0
+        if name.startswith("gradient") and scale < ZERO_SHARE * largest:
+            scale = largest
         distances = (_distance(value[name], exact, scale) for value in (original, fused))
         errors.append(Error(name, *distances, floor))
     if accumulated:
@@ -129,11 +132,10 @@ def against_reference(
     return Parity(tuple(errors))
 
 
-def _distance(value: Tensor, exact: Tensor, least_scale: float) -> float:
+def _distance(value: Tensor, exact: Tensor, scale: float) -> float:
     if exact.numel() == 0:
         return 0.0
-    scale = exact.abs().max().clamp_min(max(least_scale, torch.finfo(torch.float64).tiny))
-    return float((value.double() - exact).abs().max() / scale)
+    return float((value.double() - exact).abs().max()) / max(scale, torch.finfo(torch.float64).tiny)
 
 
 def _run(

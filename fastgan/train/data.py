@@ -44,13 +44,13 @@ class Bundled:
 # minimises L1 is grey for everything. Licences as scikit-image documents them in skimage.data. The two motorcycles are
 # a stereo pair and stay together.
 BUNDLED = (
-    Bundled("astronaut.png", "Eileen Collins. NASA Great Images, public domain"),
-    Bundled("camera.png", "Lav Varshney, CC0", held_out=True),
     Bundled("chelsea.png", "Chelsea the cat. Stefan van der Walt, CC0", held_out=True),
+    Bundled("camera.png", "Lav Varshney, CC0", held_out=True),
+    Bundled("astronaut.png", "Eileen Collins. NASA Great Images, public domain"),
     Bundled("coffee.png", "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0"),
     Bundled("motorcycle_left.png", "Middlebury stereo benchmark, D. Scharstein et al., 2014"),
-    Bundled("motorcycle_right.png", "Middlebury stereo benchmark, D. Scharstein et al., 2014"),
     Bundled("rocket.jpg", "Falcon 9 with DSCOVR. SpaceX, public domain"),
+    Bundled("motorcycle_right.png", "Middlebury stereo benchmark, D. Scharstein et al., 2014"),
 )
 
 
