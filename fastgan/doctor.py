@@ -22,7 +22,7 @@ from fastgan import _native, backends
 # What pyproject.toml lists as optional, as distribution names; a test compares the two.
 EXTRAS = {
     "train": ("pillow", "scikit-image", "rich", "safetensors"),
-    "report": ("matplotlib", "jinja2"),
+    "report": ("jinja2",),
 }
 
 # Backend -> the compiled library that holds its kernels.

@@ -32,6 +32,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # Distribution -> the module that it is imported as, where the two names differ.
 MODULE_OF = {"pillow": "PIL", "scikit-image": "skimage"}
+# Functions that take a module by name: fastgan.train.extras.require and the one that finds without importing.
+BY_NAME = ("require", "importlib.util.find_spec")
 BUILT = (".so", ".pyc", "_build_info.json")
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "fastgan", "kernels", "csrc")
 
@@ -94,6 +96,8 @@ def test_pure_wheel_holds_the_python_and_the_reason(pure_wheel: Path) -> None:
         info = json.loads(archive.read("fastgan/_build_info.json"))
     assert {"fastgan/__init__.py", "fastgan/ops/__init__.py", "fastgan/kernels/__init__.py"} <= names
     assert {name.split("/")[0] for name in names} == {"fastgan", pure_wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastgan").rglob("*.*") if path.suffix != ".py"}
+    assert {name for name in data if not name.endswith(BUILT)} <= names
     assert "fastgan/kernels.py" not in names
     assert not [name for name in names if name.endswith(".so")]
     assert (info["build_cpp"], info["cpp_reason"]) == (False, "FASTGAN_BUILD_CPP=0")
@@ -141,8 +145,8 @@ def third_party_imports() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("require", "extras.require"):
-                found.add(ast.literal_eval(node.args[0]).split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+                found |= {arg.value.split(".")[0] for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return found - set(sys.stdlib_module_names) - {"fastgan"}
 
 

@@ -53,7 +53,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the active autocast dtype of the first tensor's device, if autocast is on; float64 stays."""
     device_type = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    # meta knows no autocast, and asking about it raises.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

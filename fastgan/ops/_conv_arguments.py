@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,33 +47,14 @@ class ConvArguments:
     groups: int
 
     @classmethod
-    def resolve(cls, stride, padding, output_padding, dilation, padding_mode, transposed, groups) -> ConvArguments:
-        """From the public function's arguments; raises ValueError for those that no tensor could make right."""
-        args = cls(
-            _pair("stride", stride, 1),
-            _four(padding),
-            _pair("output_padding", output_padding, 0),
-            _pair("dilation", dilation, 1),
-            padding_mode,
-            bool(transposed),
-            groups,
-        )
-        _check.one_of(_NAME, "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
-        if not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"{_NAME}: groups must be an int, at least 1, got {groups}")
-        left, right, top, bottom = args.padding
-        if args.transposed:
-            if padding_mode != "zeros":
-                raise ValueError(f"{_NAME}: padding_mode must be zeros when transposed, got {padding_mode!r}")
-            if left != right or top != bottom:
-                raise ValueError(f"{_NAME}: padding must be symmetric when transposed, got {args.padding}")
-            if any(extra >= step for extra, step in zip(args.output_padding, args.stride, strict=True)):
-                raise ValueError(
-                    f"{_NAME}: output_padding must be below stride = {args.stride}, got {args.output_padding}"
-                )
-        elif any(args.output_padding):
-            raise ValueError(f"{_NAME}: output_padding must be 0 unless transposed, got {args.output_padding}")
-        return args
+    def resolve(cls, *options: object) -> ConvArguments:
+        """From the public function's arguments, in the order of the fields; raises ValueError for wrong ones.
+
+        A model asks the same few questions over and over, and to answer costs as much as a small layer: answers are
+        kept.
+        """
+        hashable = (tuple(option) if isinstance(option, list) else option for option in options)
+        return (_resolve if torch.compiler.is_compiling() else _resolve_once)(*hashable)
 
     def output_size(self, input_hw: torch.Size, kernel_hw: torch.Size) -> tuple[int, int]:
         """(H', W') in pixels."""
@@ -89,6 +71,35 @@ class ConvArguments:
     def as_kwargs(self) -> dict:
         """The reference's keyword arguments."""
         return dict(vars(self))
+
+
+def _resolve(stride, padding, output_padding, dilation, padding_mode, transposed, groups) -> ConvArguments:
+    args = ConvArguments(
+        _pair("stride", stride, 1),
+        _four(padding),
+        _pair("output_padding", output_padding, 0),
+        _pair("dilation", dilation, 1),
+        padding_mode,
+        bool(transposed),
+        groups,
+    )
+    _check.one_of(_NAME, "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{_NAME}: groups must be an int, at least 1, got {groups}")
+    left, right, top, bottom = args.padding
+    if args.transposed:
+        if padding_mode != "zeros":
+            raise ValueError(f"{_NAME}: padding_mode must be zeros when transposed, got {padding_mode!r}")
+        if left != right or top != bottom:
+            raise ValueError(f"{_NAME}: padding must be symmetric when transposed, got {args.padding}")
+        if any(extra >= step for extra, step in zip(args.output_padding, args.stride, strict=True)):
+            raise ValueError(f"{_NAME}: output_padding must be below stride = {args.stride}, got {args.output_padding}")
+    elif any(args.output_padding):
+        raise ValueError(f"{_NAME}: output_padding must be 0 unless transposed, got {args.output_padding}")
+    return args
+
+
+_resolve_once = functools.lru_cache(maxsize=1024)(_resolve)
 
 
 class CheckedCall(NamedTuple):
@@ -112,15 +123,22 @@ def check_call(
     epilogue: Epilogue,
 ) -> CheckedCall:
     """Check everything that depends on the tensors; raises ValueError with what was expected and what came."""
-    named = {"weight": weight, "in_scale": in_scale, "out_scale": out_scale}
-    named |= {f"epilogue.{name}": getattr(epilogue, name) for name in ("noise", "bias", "residual")}
-    if isinstance(epilogue.noise_strength, Tensor):
-        named["epilogue.noise_strength"] = epilogue.noise_strength
-    for name, value in named.items():
+    others = (
+        ("weight", weight),
+        ("in_scale", in_scale),
+        ("out_scale", out_scale),
+        ("epilogue.noise", epilogue.noise),
+        ("epilogue.noise_strength", epilogue.noise_strength if isinstance(epilogue.noise_strength, Tensor) else None),
+        ("epilogue.bias", epilogue.bias),
+        ("epilogue.residual", epilogue.residual),
+    )
+    for name, value in others:
         if value is not None:
             _check.tensor(_NAME, name, value)
-    _check.same_device(_NAME, x=x, **named)
-    _check.same_dtype(_NAME, x=x, weight=weight)
+            if value.device != x.device:
+                _check.same_device(_NAME, x=x, **{name: value})
+    if weight.dtype != x.dtype:
+        _check.same_dtype(_NAME, x=x, weight=weight)
     c_in, c_out = _channels(x, weight, args)
     hw = _spatial(x, weight, args)
     _check_epilogue_options(epilogue)
@@ -177,6 +195,12 @@ def _check_epilogue_options(epilogue: Epilogue) -> None:
         raise ValueError(f"{_NAME}: epilogue.noise_strength must be None without noise, got {epilogue.noise_strength}")
 
 
+def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in ``dtype``, contiguous; without a call into torch where it is both already."""
+    t = t if t.dtype == dtype else t.to(dtype)
+    return t if t.is_contiguous() else t.contiguous()
+
+
 def _scale(name: str, scale: Tensor | None, n: int, c: int, wide: torch.dtype) -> Tensor | None:
     if scale is None:
         return None
@@ -185,7 +209,9 @@ def _scale(name: str, scale: Tensor | None, n: int, c: int, wide: torch.dtype) -
         raise ValueError(
             f"{_NAME}: {name} must be [N, C] = {[n, c]}, {[1, c]}, {[c]}, [1, 1] or 0-dim, got {list(shape)}"
         )
-    return scale.to(wide).reshape((1,) * (2 - scale.ndim) + shape).contiguous()
+    if scale.ndim < 2:
+        scale = scale.reshape((1,) * (2 - scale.ndim) + shape)
+    return _contiguous(scale, wide)
 
 
 def _noise(noise: Tensor | None, n: int, hw: tuple[int, int], wide: torch.dtype) -> Tensor | None:
@@ -213,7 +239,7 @@ def _noise_strength(epilogue: Epilogue, wide: torch.dtype) -> Tensor | None:
 def _bias(bias: Tensor | None, c: int, wide: torch.dtype) -> Tensor | None:
     if bias is not None and tuple(bias.shape) != (c,):
         raise ValueError(f"{_NAME}: epilogue.bias must be [C_out] = {[c]}, got {list(bias.shape)}")
-    return None if bias is None else bias.to(wide).contiguous()
+    return None if bias is None else _contiguous(bias, wide)
 
 
 def _residual(residual: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:

@@ -23,31 +23,165 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> torch._ops.OpOverload:
-    """Define ``fastgan::name`` and return its overload, ready to call.
+    differentiable_results: int = 1,
+) -> Callable[..., Any]:
+    """Define ``fastgan::name`` and return the function to call it with.
 
     Args:
         name: the op's name, without namespace.
-        schema: arguments and returns, as in ``"(Tensor x, float gain) -> Tensor"``.
+        schema: arguments and returns, as in ``"(Tensor x, float gain) -> Tensor"``; no defaults, nothing keyword-only.
         fallback: plain torch under no autograd, any device; returns fresh tensors, never a view of an input.
         fake: shapes, dtypes and strides of the results from those of the arguments.
-        setup_context, backward: as in :func:`torch.library.register_autograd`. A backward formula calls only
-            differentiable torch functions and fastgan ops, so that it can be differentiated again. For a Tensor[]
-            argument ``ctx.needs_input_grad`` holds a list, and the gradient is a list or None.
+        setup_context: (ctx, inputs, output), as in :func:`torch.library.register_autograd`.
+        backward: (ctx, *gradients of the differentiable results) -> one gradient or None per argument. A formula calls
+            only differentiable torch functions and fastgan ops, so that it can be differentiated again.
+            ``ctx.needs_input_grad`` has one entry per argument and is true only for what this very backward pass was
+            asked for. For a Tensor[] argument it holds a list, and the gradient is a list or None; of a Tensor[]
+            result, the gradients come as one list.
+        differentiable_results: how many results, counted from the first, have a gradient.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
-    qualified = f"fastgan::{name}"
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_fake(f"fastgan::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.fastgan, name).default
     _keep_autocast_out(op)
-    if backward is not None and setup_context is not None and _has_tensor_lists(op):
-        _register_list_autograd(op, setup_context, backward)
-    elif backward is not None:
-        torch.library.register_autograd(
-            qualified, _only_what_is_asked(backward), setup_context=setup_context, lib=LIBRARY
+    if backward is None or setup_context is None:
+        return op
+    slots = _TensorSlots(op)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.lengths = slots.lengths(inputs)
+        setup_context(ctx, inputs, output)
+
+    def flat_backward(ctx: Any, *gradients: Tensor | None) -> Sequence[Tensor | None]:
+        ctx.needs_input_grad = slots.nest(ctx.needs_input_grad, ctx.lengths)
+        result = backward(ctx, list(gradients)) if slots.returns_list else backward(ctx, *gradients)
+        return slots.flatten_gradients(result, ctx.lengths)
+
+    return register_autograd(
+        op,
+        differentiable=slots.flatten,
+        setup_context=setup,
+        backward=flat_backward,
+        differentiable_results=differentiable_results,
+    )
+
+
+class _TensorSlots:
+    """Which arguments of an op are tensors or lists of tensors, read from its schema."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        self.kinds = [str(argument.type) for argument in op._schema.arguments]
+        self.returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
+
+    def lengths(self, args: Sequence[Any]) -> list[int | None]:
+        """Per argument the length of a Tensor[], -1 for a tensor or None, None for what is neither."""
+        kinds = zip(self.kinds, args, strict=True)
+        return [
+            len(arg) if kind == "List[Tensor]" else -1 if kind in ("Tensor", "Optional[Tensor]") else None
+            for kind, arg in kinds
+        ]
+
+    def flatten(self, *args: Any) -> list[Tensor | None]:
+        """The tensors of a call in one sequence."""
+        flat: list[Tensor | None] = []
+        for kind, arg in zip(self.kinds, args, strict=True):
+            if kind == "List[Tensor]":
+                flat.extend(arg)
+            elif kind in ("Tensor", "Optional[Tensor]"):
+                flat.append(arg)
+        return flat
+
+    @staticmethod
+    def nest(flat: Sequence[bool], lengths: Sequence[int | None]) -> tuple[bool | list[bool], ...]:
+        """One entry per argument from one per tensor."""
+        rest = iter(flat)
+        return tuple(
+            False if length is None else next(rest) if length < 0 else [next(rest) for _ in range(length)]
+            for length in lengths
         )
-    return op
+
+    @staticmethod
+    def flatten_gradients(gradients: Sequence[Any], lengths: Sequence[int | None]) -> list[Tensor | None]:
+        """One gradient per tensor from one per argument."""
+        flat: list[Tensor | None] = []
+        for gradient, length in zip(gradients, lengths, strict=True):
+            if length is None:
+                continue
+            flat.extend([gradient] if length < 0 else [None] * length if gradient is None else gradient)
+        return flat
+
+
+def register_autograd(
+    op: torch._ops.OpOverload,
+    *,
+    differentiable: Callable[..., Sequence[Tensor | None]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Sequence[Tensor | None]],
+    differentiable_results: int = 1,
+) -> Callable[..., Any]:
+    """What :func:`torch.library.register_autograd` does, at a fraction of its cost per call.
+
+    torch's own goes from Python through the dispatcher to Python and back for every call, converting all arguments
+    twice, and flattens and rebuilds lists with pytree in every forward and backward: for a loss over six small maps
+    that costs more than the loss. Here the op names its differentiable tensors itself.
+
+    Args:
+        op: the op; no schema defaults.
+        differentiable: (*args) -> the tensors that may get gradients, in a flat sequence; None is allowed in it.
+        setup_context: (ctx, inputs, output).
+        backward: (ctx, *gradients of the differentiable results) -> one gradient or None per tensor of
+            ``differentiable``; ``ctx.needs_input_grad`` begins in the same order.
+        differentiable_results: how many results, counted from the first, have a gradient; a single Tensor[] counts as
+            one. The others are returned outside autograd.
+
+    Returns:
+        A function that takes and returns what ``op`` does. In eager mode it enters autograd directly; under
+        torch.compile and functorch it calls ``op``, whose Autograd kernel is the same function.
+    """
+
+    class OpFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            # The arguments of the op and a place for its results travel as one opaque object behind the tensors.
+            inputs, outputs = args[-1]
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op(*inputs)
+            setup_context(ctx, inputs, result)
+            outputs.append(result)
+            if not isinstance(result, tuple):
+                return tuple(result) if isinstance(result, list) else result
+            return result[:differentiable_results] if differentiable_results > 1 else result[0]
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            ctx.needs_input_grad = _asked(ctx)
+            return (*backward(ctx, *gradients), None)
+
+    # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.
+    apply = super(torch.autograd.Function, OpFunction).apply
+
+    def run(*args: Any) -> Any:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        outputs: list[Any] = []
+        graphed = apply(*differentiable(*args), (args, outputs))
+        (result,) = outputs
+        if isinstance(result, list):
+            return list(graphed)
+        if not isinstance(result, tuple):
+            return graphed
+        return (*(graphed if differentiable_results > 1 else (graphed,)), *result[differentiable_results:])
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        return run(*args)
+
+    OpFunction.__name__ = OpFunction.__qualname__ = f"{op._opname}_autograd"
+    LIBRARY.impl(op._opname, run, "Autograd")
+    return call
 
 
 def _keep_autocast_out(op: torch._ops.OpOverload) -> None:
@@ -76,14 +210,6 @@ def _asked(ctx: Any) -> tuple[bool, ...]:
     return tuple(need and _will_run(next(nodes)) for need in ctx.needs_input_grad)
 
 
-def _only_what_is_asked(backward: Callable[..., Any]) -> Callable[..., Any]:
-    def narrowed(ctx: Any, *grads: Any) -> Any:
-        ctx.needs_input_grad = _asked(ctx)
-        return backward(ctx, *grads)
-
-    return narrowed
-
-
 def _will_run(node: torch.autograd.graph.Node) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
@@ -91,137 +217,3 @@ def _will_run(node: torch.autograd.graph.Node) -> bool:
         # The engine refuses to answer in two cases, and both mean yes: a leaf whose gradient torch.autograd.grad was
         # asked for, and a node that is called by hand.
         return True
-
-
-def _is_tensor_list(argument: torch._C.Argument) -> bool:
-    return str(argument.type) in ("List[Tensor]", "List[Optional[Tensor]]")
-
-
-def _has_tensor_lists(op: torch._ops.OpOverload) -> bool:
-    return any(_is_tensor_list(value) for value in (*op._schema.arguments, *op._schema.returns))
-
-
-def _register_list_autograd(
-    op: torch._ops.OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> None:
-    """What torch.library.register_autograd does, for ops with tensor lists, without its cost per call.
-
-    autograd.Function knows only flat tensors. register_autograd flattens all arguments with pytree and back, in every
-    forward and every backward (five layers of spectral_sigma: 450 us where this takes 100 us); the schema already says
-    which are lists.
-
-    Returns are either tensors or a single Tensor[].
-    """
-    arguments = op._schema.arguments
-    if any(argument.kwarg_only for argument in arguments):
-        raise NotImplementedError(f"{op}: keyword-only arguments together with tensor lists")
-    returns_list = _is_tensor_list(op._schema.returns[0])
-    if len(op._schema.returns) > 1 and any(map(_is_tensor_list, op._schema.returns)):
-        raise NotImplementedError(f"{op}: several returns, one of them a tensor list")
-    is_list = [_is_tensor_list(argument) for argument in arguments]
-
-    class ListFunction(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, args: tuple[Any, ...], *flat: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-            setup_context(ctx=ctx, inputs=args, output=output)
-            ctx.lengths = [len(arg) if many else None for many, arg in zip(is_list, args, strict=True)]
-            return tuple(output) if returns_list else output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            flat_needs = ctx.needs_input_grad
-            remaining = iter(_asked(ctx)[2:])
-            ctx.needs_input_grad = tuple(
-                next(remaining) if length is None else [next(remaining) for _ in range(length)]
-                for length in ctx.lengths
-            )
-            try:
-                result = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
-            finally:
-                ctx.needs_input_grad = flat_needs
-            flat: list[Any] = [None, None]
-            for length, grad in zip(ctx.lengths, result, strict=True):
-                flat.extend([grad] if length is None else [None] * length if grad is None else grad)
-            return tuple(flat)
-
-    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        # The dispatcher leaves out trailing arguments that equal their defaults.
-        args = (*args, *(argument.default_value for argument in arguments[len(args) :]))
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        flat: list[Any] = []
-        for many, arg in zip(is_list, args, strict=True):
-            flat.extend(arg) if many else flat.append(arg)
-        output = ListFunction.apply(keyset, args, *flat)
-        return list(output) if returns_list else output
-
-    LIBRARY.impl(op._schema.name.removeprefix("fastgan::"), autograd, "Autograd", with_keyset=True)
-
-
-def register_autograd_for_lists(
-    op: torch._ops.OpOverload,
-    *,
-    differentiable: Callable[..., Sequence[Tensor]],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Sequence[Tensor | None]],
-) -> Callable[..., Any]:
-    """Autograd for an op with ``Tensor[]`` arguments whose Python overhead counts.
-
-    :func:`torch.library.register_autograd` flattens and rebuilds every nested argument, result and gradient with
-    pytree: for a loss over six small maps that costs more than the loss. Here the op names its differentiable tensors
-    itself.
-
-    Args:
-        op: its first result is differentiable (a Tensor or a Tensor[]), all others are not; no schema defaults.
-        differentiable: (*args) -> the tensors that may get gradients, in a flat sequence.
-        setup_context: (ctx, inputs, output), as in :func:`torch.library.register_autograd`.
-        backward: (ctx, *gradients of the tensors of the first result) -> one gradient or None per tensor of
-            ``differentiable``; ``ctx.needs_input_grad`` begins in the same order. A formula calls only differentiable
-            torch functions and fastgan ops, so that it can be differentiated again.
-
-    Returns:
-        A function that takes and returns what ``op`` does. In eager mode it enters autograd without the detour from
-        Python through the dispatcher to Python, which would convert every argument twice; elsewhere it calls ``op``.
-    """
-
-    class Lists(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            # The arguments of the op and a place for its results travel as one opaque object behind the tensors.
-            inputs, outputs = args[-1]
-            with torch._C._AutoDispatchBelowAutograd():
-                result = op(*inputs)
-            setup_context(ctx, inputs, result)
-            outputs.append(result)
-            first = result[0] if isinstance(result, tuple) else result
-            return tuple(first) if isinstance(first, list) else first
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Any:
-            ctx.needs_input_grad = _asked(ctx)
-            return (*backward(ctx, *gradients), None)
-
-    # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.
-    apply = super(torch.autograd.Function, Lists).apply
-
-    def run(*args: Any) -> Any:
-        tensors = differentiable(*args) if torch.is_grad_enabled() else ()
-        if not any(t.requires_grad for t in tensors):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
-        outputs: list[Any] = []
-        first = apply(*tensors, (args, outputs))
-        first = list(first) if isinstance(first, tuple) else first
-        return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else first
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return op(*args)
-        return run(*args)
-
-    Lists.__name__ = Lists.__qualname__ = f"{op._opname}_autograd"
-    LIBRARY.impl(op._opname, run, "Autograd")
-    return call

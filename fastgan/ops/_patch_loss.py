@@ -291,16 +291,16 @@ def _no_third_order(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
     )
 
 
-forward = _library.register_autograd_for_lists(
+forward = _library.register_autograd(
     _forward, differentiable=lambda real, fake, *rest: (*real, *fake), setup_context=_setup_forward, backward=_backward
 )
-_gradient = _library.register_autograd_for_lists(
+_gradient = _library.register_autograd(
     _bwd,
     differentiable=lambda grad_loss, slopes, real, fake, *rest: (grad_loss, *real, *fake),
     setup_context=_setup_bwd,
     backward=_bwd_backward,
 )
-_gradient_of_gradient = _library.register_autograd_for_lists(
+_gradient_of_gradient = _library.register_autograd(
     _bwd_bwd,
     differentiable=lambda cotangents, grad_loss, slopes, real, fake, *rest: (*cotangents, grad_loss, *real, *fake),
     setup_context=_setup_bwd_bwd,

@@ -139,9 +139,7 @@ def _expanded(masks: list[Tensor] | None, maps: list[Tensor]) -> list[Tensor]:
     if masks is None:
         return []
     dtype = _check.accumulate_dtype(maps[0].dtype)
-    return [
-        m.to(dtype).expand(x.shape[0], 1, *x.shape[2:]).contiguous() for m, x in zip(masks, maps, strict=True)
-    ]
+    return [m.to(dtype).expand(x.shape[0], 1, *x.shape[2:]).contiguous() for m, x in zip(masks, maps, strict=True)]
 
 
 def _align(fake: list[Tensor], real: list[Tensor]) -> None:
@@ -262,7 +260,9 @@ def _bwd_fake(
     return [torch.empty_like(x) for x in (*(fake if want_fake else ()), *(real if want_real else ()))]
 
 
-def _bwd_bwd_plain(cotangents: list[Tensor], grad_loss: Tensor, signs: Tensor, factors: Tensor, *rest: Any) -> list[Tensor]:
+def _bwd_bwd_plain(
+    cotangents: list[Tensor], grad_loss: Tensor, signs: Tensor, factors: Tensor, *rest: Any
+) -> list[Tensor]:
     fake, real, masks, kind, want_fake, want_real = rest
     fakes = cotangents[: len(fake)] if want_fake else [0.0] * len(fake)
     reals = cotangents[-len(real) :] if want_real else [0.0] * len(real)
@@ -296,7 +296,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
         return (None,) * 6
     signs, factors, *tensors = ctx.saved_tensors
     n = ctx.maps
-    found = _bwd(grad_loss, signs, factors, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], ctx.kind, want_fake, want_real)
+    found = _bwd(
+        grad_loss, signs, factors, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], ctx.kind, want_fake, want_real
+    )
     return (found[:n] if want_fake else None, found[-n:] if want_real else None, None, None, None, None)
 
 
