@@ -259,6 +259,7 @@ def _context(
     from fastgan.profile.report import line_chart
 
     photos, history, config = session.photos, session.history, session.model.config
+    machine = _machine()
     speed = session.step * config.batch / session.seconds
     run_facts = {
         "training": f"{session.step} steps of {config.batch} crops in {session.seconds:.0f} s ({speed:.1f} images/s)",
@@ -285,7 +286,7 @@ def _context(
         ],
         "held_out": held_out,
         "measurements": measurements,
-        "environment": _machine(),
+        "environment": machine,
         "command": _command(args),
         "run": run_facts,
         "sources": [(photo.name, photo.credit, role) for photo, role in roles],

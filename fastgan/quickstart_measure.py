@@ -85,7 +85,7 @@ def measure_all(model: Pix2Pix, pairs: Pairs, on_part: Callable[[str], None]) ->
     layers = tuple(
         compare(
             pair.plain,
-            deepcopy(pair.fused),
+            pair.fused,
             [torch.randn(pair.shape, generator=generator)],
             name=pair.title,
             seconds=LAYER_SECONDS,

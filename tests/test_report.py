@@ -79,6 +79,14 @@ def test_parity_starts_both_from_the_same_state_and_leaves_it_alone():
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
+def test_compare_leaves_modules_as_they_are():
+    layer = nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)).train()
+    before = deepcopy(layer.state_dict())
+    compare(layer, layer, [torch.randn(2, 3, 8, 8)], seconds=0.01)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
 def test_parity_gives_both_the_same_dropout_and_keeps_the_random_state():
     torch.manual_seed(5)
     before = torch.random.get_rng_state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,8 @@ def compare(
     """
     kwargs = dict(example_kwargs or {})
     parity = check_parity(original, fused, example_args, kwargs, backward=backward)
-    both = {"original": original, "fused": fused}
+    # Copies: a forward in training advances running statistics and power iterations, and the caller's stay as they are.
+    both = {"original": _own(original), "fused": _own(fused)}
     tensors = [value for value in tree_flatten((list(example_args), kwargs))[0] if isinstance(value, Tensor)]
     device = tensors[0].device if tensors else "cpu"
     forward = measure(
@@ -96,6 +98,10 @@ def compare(
         )
     label = name or getattr(fused, "__name__", type(fused).__name__)
     return Comparison(label, parity, forward, training)
+
+
+def _own(function: Function) -> Function:
+    return deepcopy(function) if isinstance(function, nn.Module) else function
 
 
 def _forward(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], None]:

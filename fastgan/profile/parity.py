@@ -161,7 +161,8 @@ def _run(
     if isinstance(function, nn.Module):
         function = deepcopy(function).to(dtype) if dtype is not None else deepcopy(function)
         parameters = {name: value for name, value in function.named_parameters() if value.requires_grad}
-    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(backward):
+    devices = {value.device for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor) and value.is_cuda}
+    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(backward):
         torch.manual_seed(seed)
         outputs = [value for value in tree_flatten(function(*args, **kwargs))[0] if isinstance(value, Tensor)]
     named = {f"output {index}" if len(outputs) > 1 else "output": value for index, value in enumerate(outputs)}
