@@ -155,8 +155,13 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
+            # Put back afterwards: a second pass through this node (a penalty's, after its inner gradient) asks for others.
+            required = ctx.needs_input_grad
             ctx.needs_input_grad = _asked(ctx)
-            return (*backward(ctx, *gradients), None)
+            try:
+                return (*backward(ctx, *gradients), None)
+            finally:
+                ctx.needs_input_grad = required
 
     # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.
     apply = super(torch.autograd.Function, OpFunction).apply
