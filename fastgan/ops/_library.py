@@ -155,7 +155,7 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            # Put back afterwards: a second pass through this node (a penalty's, after its inner gradient) asks for others.
+            # Put back: a second pass through this node, a penalty's after its inner gradient, asks for other gradients.
             required = ctx.needs_input_grad
             ctx.needs_input_grad = _asked(ctx)
             try:
