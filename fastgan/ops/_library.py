@@ -159,14 +159,9 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-<<<<<<< HEAD
             if not ask_engine:
                 return (*backward(ctx, *gradients), None)
-            # Put back afterwards: a second pass through this node (a penalty's, after its inner gradient) asks for
-            # others.
-=======
             # Put back: a second pass through this node, a penalty's after its inner gradient, asks for other gradients.
->>>>>>> spectral
             required = ctx.needs_input_grad
             ctx.needs_input_grad = _asked(ctx)
             try:
