@@ -184,7 +184,7 @@ def test_a_write_that_the_kernel_refuses_half_way(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
-        with pytest.raises(OSError, match="cannot write .*: File too large; what was there before is untouched"):
+        with pytest.raises(OSError, match=r"cannot write .*: File too large; what was there before is untouched"):
             save_checkpoint(path, {"step": 2, "payload": torch.zeros(500_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
