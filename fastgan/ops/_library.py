@@ -119,6 +119,7 @@ def register_autograd(
     setup_context: Callable[..., None],
     backward: Callable[..., Sequence[Tensor | None]],
     differentiable_results: int = 1,
+    ask_engine: bool = True,
 ) -> Callable[..., Any]:
     """What :func:`torch.library.register_autograd` does, at a fraction of its cost per call.
 
@@ -134,6 +135,9 @@ def register_autograd(
             ``differentiable``; ``ctx.needs_input_grad`` begins in the same order.
         differentiable_results: how many results, counted from the first, have a gradient; a single Tensor[] counts as
             one. The others are returned outside autograd.
+        ask_engine: narrow ``ctx.needs_input_grad`` to what this very backward pass is for. Asking costs microseconds
+            per tensor, and tens of them for a leaf of torch.autograd.grad (the engine answers with an exception): False
+            is for a formula whose gradients cost less than that.
 
     Returns:
         A function that takes and returns what ``op`` does. In eager mode it enters autograd directly; under
@@ -155,7 +159,9 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            # Put back afterwards: a second pass through this node (a penalty's, after its inner gradient) asks for others.
+            if not ask_engine:
+                return (*backward(ctx, *gradients), None)
+            # Put back: a second pass through this node, a penalty's after its inner gradient, asks for other gradients.
             required = ctx.needs_input_grad
             ctx.needs_input_grad = _asked(ctx)
             try:

@@ -243,7 +243,14 @@ def _backward(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
     real_slopes, fake_slopes = ctx.setting[-2:]
     if not (real_slopes and fake_slopes):
         _check_recorded(ctx, real_slopes, fake_slopes)
-    found = _gradient(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
+    if torch.is_grad_enabled():
+        found = _gradient(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
+    else:
+        # Straight to the kernel: autograd's own entry would only find that it has nothing to record.
+        with torch._C._AutoDispatchBelowAutograd():
+            found = _bwd(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
+    if real_slopes and fake_slopes:
+        return found
     return _by_map(found, reals, len(maps) - reals, real_slopes, fake_slopes)
 
 
@@ -292,13 +299,18 @@ def _no_third_order(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
 
 
 forward = _library.register_autograd(
-    _forward, differentiable=lambda real, fake, *rest: (*real, *fake), setup_context=_setup_forward, backward=_backward
+    _forward,
+    differentiable=lambda real, fake, *rest: (*real, *fake),
+    setup_context=_setup_forward,
+    backward=_backward,
+    ask_engine=False,
 )
 _gradient = _library.register_autograd(
     _bwd,
     differentiable=lambda grad_loss, slopes, real, fake, *rest: (grad_loss, *real, *fake),
     setup_context=_setup_bwd,
     backward=_bwd_backward,
+    ask_engine=False,
 )
 _gradient_of_gradient = _library.register_autograd(
     _bwd_bwd,

@@ -218,13 +218,13 @@ def _check_sides(real: list[Tensor] | None, fake: list[Tensor] | None, side: str
         raise ValueError(f"patch_loss: fake must have as many maps as real = {len(real)}, got {len(fake)}")
     maps = [*(real or ()), *(fake or ())]
     first = maps[0]
-    dtype, device = getattr(first, "dtype", None), getattr(first, "device", None)
+    _check.tensor("patch_loss", "real[0]" if real else "fake[0]", first)
+    dtype, device = first.dtype, first.device
     for i, x in enumerate(maps):
         # What every call of a training step passes: the reasons why something else does not are looked up afterwards.
         if not (isinstance(x, Tensor) and x.dtype is dtype and x.device == device and x.ndim and x.numel()):
             name = f"real[{i}]" if i < len(real or ()) else f"fake[{i - len(real or ())}]"
             _check_map(name, x, first)
-    _check.tensor("patch_loss", "real[0]" if real else "fake[0]", first)
     if paired:
         for i, (r, f) in enumerate(zip(real, fake, strict=True)):
             if r.shape != f.shape:

@@ -1,0 +1,77 @@
+"""``python -m bench.table [README.md]``: the recorded rows as a Markdown table, into a file between its markers.
+
+Of every op, case, pass and candidate the newest row of a device counts; slow cases are in it like fast ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.cases import BASELINE
+from bench.record import RESULTS
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def newest_rows(path: Path) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
+    """(op, case, pass) -> candidate -> its newest row."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault((row["op"], row["case"], row["pass"]), {})[row["candidate"]] = row
+    return found
+
+
+def device_table(path: Path) -> str:
+    """One device's table, with where its numbers come from above it."""
+    rows = newest_rows(path)
+    last = next(reversed(rows.values()))[BASELINE]
+    commits = ", ".join(sorted({str(row["commit"]) for by in rows.values() for row in by.values()}))
+    lines = [
+        f"**{last['device']}, {last['threads']} threads** ({last['cpp']}), torch {last['torch']}, {last['date'][:10]}, "
+        f"commit {commits}. Median (p20–p80) of interleaved rounds; speed-up is the median of the rounds' ratios. "
+        f"Measured limits: {last['limits']['read_bytes'] / 1e9:.1f} GB/s read, "
+        f"{last['limits']['sgemm_flops'] / 1e9:.0f} GFLOP/s sgemm.",
+        "",
+        "| op | case | pass | eager, ms | candidate | ms | speed-up | GB/s | of the roofline |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for (op, case, which), by_candidate in rows.items():
+        for name, row in by_candidate.items():
+            if name == BASELINE:
+                continue
+            rate = f"{row['gb_per_s']:.1f}" if row.get("gb_per_s") else ""
+            share = f"{100 * row['of_roofline']:.0f} %" if row.get("of_roofline") else ""
+            cells = [f"`{op}`", case, which, _spread(by_candidate[BASELINE]), name, _spread(row)]
+            lines.append("| " + " | ".join([*cells, f"{row['speedup']:.2f}×", rate, share]) + " |")
+    return "\n".join(lines)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['median_ms']:.3f} ({row['p20_ms']:.3f}–{row['p80_ms']:.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, help=f"a file with {BEGIN} and {END}; none prints the table")
+    args = parser.parse_args()
+    paths = sorted(RESULTS.glob("*.jsonl"))
+    if not paths:
+        sys.exit(f"bench.table: no rows in {RESULTS}: run python -m bench.record first")
+    table = "\n\n".join(map(device_table, paths))
+    if args.file is None:
+        print(table)
+        return
+    text = args.file.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        sys.exit(f"bench.table: {args.file} must have one {BEGIN} and one {END}")
+    before, rest = text.split(BEGIN)
+    args.file.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
