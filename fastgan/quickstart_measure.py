@@ -21,6 +21,11 @@ LAYER_SECONDS = 0.3
 STEP_SECONDS = 8.0
 GENERATOR_SECONDS = 3.0
 
+# Plain PyTorch's own largest error in a step of these networks, over ten seeds at width 4 and size 32, is 1.9e-6 to
+# 2.4e-5, found in sums that nearly cancel (the last bias of the critic, gains of norms). Which of two float32
+# computations is luckier there says nothing, so an error below this is within bounds for every tensor of a step.
+STEP_FLOOR = 3e-5
+
 # The two memory layouts that plain PyTorch offers; which is faster depends on the model and the processor.
 LAYOUTS: Mapping[str, torch.memory_format] = {
     "plain PyTorch": torch.contiguous_format,
@@ -105,7 +110,7 @@ def measure_step(model: Pix2Pix, twins: tuple[nn.Module, nn.Module], pairs: Pair
     config = model.config
     reference = _step_results(plain_trainer(*twins, config, dtype=torch.float64), pairs, torch.float64)
     original = _step_results(plain_trainer(*twins, config), pairs)
-    parity = against_reference(reference, original, _step_results(_copy(model), pairs), accumulated=True)
+    parity = against_reference(reference, original, _step_results(_copy(model), pairs), floor=STEP_FLOOR)
     trainers = {"fastgan": _copy(model)}
     batches = {"fastgan": pairs}
     for name, layout in LAYOUTS.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def against_reference(
     original: Mapping[str, Tensor],
     fused: Mapping[str, Tensor],
     *,
-    accumulated: bool = False,
+    floor: float = 0.0,
 ) -> Parity:
     """Errors of two computations against a third: tensors by name, ``reference`` in float64.
 
@@ -102,8 +102,7 @@ def against_reference(
 
     Args:
         reference, original, fused: tensors by name; names that start with "gradient" are gradients.
-        accumulated: the tensors come out of many layers in a row. The floor is then the largest error that ``original``
-            makes in any of them: of a hundred tensors, some are lucky in one computation and not in the other.
+        floor: an error that is allowed in any case, as measured for computations of this kind; at least two roundings.
 
     Raises:
         ValueError: an output is missing from ``fused``, or a shape differs.
@@ -120,15 +119,12 @@ def against_reference(
             raise ValueError(
                 f"compare: {name} of fused must be {list(exact.shape)}, as of original, got {list(fused[name].shape)}"
             )
-        floor = FLOOR_ROUNDINGS * torch.finfo(fused[name].dtype).eps
+        least = max(floor, FLOOR_ROUNDINGS * torch.finfo(fused[name].dtype).eps)
         scale = float(exact.abs().max()) if exact.numel() else 0.0
         if name.startswith("gradient") and scale < ZERO_SHARE * largest:
             scale = largest
         distances = (_distance(value[name], exact, scale) for value in (original, fused))
-        errors.append(Error(name, *distances, floor))
-    if accumulated:
-        noise = max(error.original for error in errors)
-        errors = [replace(error, floor=max(error.floor, noise)) for error in errors]
+        errors.append(Error(name, *distances, least))
     return Parity(tuple(errors))
 
 
