@@ -67,6 +67,11 @@ def backend(name: str) -> Iterator[None]:
         _local.override = previous
 
 
+def override() -> tuple[str | None, bool]:
+    """What :func:`choose` depends on beside its arguments, for callers that keep its answers."""
+    return _local.override, _local.recording
+
+
 @dataclass(frozen=True)
 class Decision:
     """Which backend an op call uses and why; ``print`` it."""

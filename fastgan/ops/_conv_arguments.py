@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,16 +44,6 @@ class ConvArguments:
     transposed: bool
     groups: int
 
-    @classmethod
-    def resolve(cls, *options: object) -> ConvArguments:
-        """From the public function's arguments, in the order of the fields; raises ValueError for wrong ones.
-
-        A model asks the same few questions over and over, and to answer costs as much as a small layer: answers are
-        kept.
-        """
-        hashable = (tuple(option) if isinstance(option, list) else option for option in options)
-        return (_resolve if torch.compiler.is_compiling() else _resolve_once)(*hashable)
-
     def output_size(self, input_hw: torch.Size, kernel_hw: torch.Size) -> tuple[int, int]:
         """(H', W') in pixels."""
         left, right, top, bottom = self.padding
@@ -73,7 +61,8 @@ class ConvArguments:
         return dict(vars(self))
 
 
-def _resolve(stride, padding, output_padding, dilation, padding_mode, transposed, groups) -> ConvArguments:
+def resolve(stride, padding, output_padding, dilation, padding_mode, transposed, groups) -> ConvArguments:
+    """From the public function's arguments; raises ValueError for those that no tensor could make right."""
     args = ConvArguments(
         _pair("stride", stride, 1),
         _four(padding),
@@ -99,27 +88,6 @@ def _resolve(stride, padding, output_padding, dilation, padding_mode, transposed
     return args
 
 
-_resolve_once = functools.lru_cache(maxsize=1024)(_resolve)
-
-
-class CheckedCall(NamedTuple):
-    """Tensors as kernels take them: scales [N or 1, C or 1], noise [N or 1, 1, H', W'], strength 0-dim, bias [C_out];
-    all in the accumulation dtype but the residual, which has x's."""
-
-    in_scale: Tensor | None
-    out_scale: Tensor | None
-    noise: Tensor | None
-    noise_strength: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-
-
-# Signatures of calls that were found right. A network makes the same few calls in every step, and the checks cost as much
-# as a small layer; cleared when dynamic shapes fill it.
-_known: set[tuple] = set()
-_KNOWN_MOST = 4096
-
-
 def check_call(
     x: Tensor,
     weight: Tensor,
@@ -127,43 +95,10 @@ def check_call(
     out_scale: Tensor | None,
     args: ConvArguments,
     epilogue: Epilogue,
-) -> CheckedCall:
-    """Check everything that depends on the tensors; raises ValueError with what was expected and what came."""
-    e = epilogue
-    tensors = (x, weight, in_scale, out_scale, e.noise, e.noise_strength, e.bias, e.residual)
-    if torch.compiler.is_compiling():
-        _validate(x, weight, in_scale, out_scale, args, epilogue)
-    else:
-        signature = (args, e.act, e.clamp, *[_signature(t) for t in tensors])
-        if signature not in _known:
-            _validate(x, weight, in_scale, out_scale, args, epilogue)
-            if len(_known) >= _KNOWN_MOST:
-                _known.clear()
-            _known.add(signature)
-    wide = _check.accumulate_dtype(x.dtype)
-    return CheckedCall(
-        None if in_scale is None else _scale(in_scale, wide),
-        None if out_scale is None else _scale(out_scale, wide),
-        None if e.noise is None else _noise(e.noise, wide),
-        None if e.noise_strength is None else _noise_strength(e.noise_strength, e.noise, wide),
-        None if e.bias is None else _contiguous(e.bias, wide),
-        None if e.residual is None else e.residual.to(x.dtype),
-    )
-
-
-def _signature(value: object) -> object:
-    """What the checks look at: of a tensor shape, dtype and device; of anything else its type."""
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)
-
-
-def _validate(
-    x: Tensor,
-    weight: Tensor,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    args: ConvArguments,
-    epilogue: Epilogue,
 ) -> None:
+    """Check all that depends on the tensors: kinds, shapes, dtypes, devices, and the epilogue's options."""
+    _check.tensor(_NAME, "x", x, ndim=4)
+    _check.tensor(_NAME, "weight", weight, ndim=4)
     others = {"weight": weight, "in_scale": in_scale, "out_scale": out_scale}
     others |= {f"epilogue.{name}": getattr(epilogue, name) for name in ("noise", "bias", "residual")}
     if isinstance(epilogue.noise_strength, Tensor):
@@ -241,6 +176,25 @@ def _check_epilogue(epilogue: Epilogue, shape: tuple[int, int, int, int]) -> Non
         raise ValueError(
             f"{_NAME}: epilogue.residual must be [N, C_out, H, W] = {list(shape)}, got {list(residual.shape)}"
         )
+
+
+def kernel_tensors(
+    x: Tensor, in_scale: Tensor | None, out_scale: Tensor | None, epilogue: Epilogue
+) -> tuple[Tensor | None, ...]:
+    """The checked tensors behind x and weight as kernels take them, in the order of the op's schema.
+
+    Scales are [N or 1, C or 1], noise [N or 1, 1, H', W'], its strength 0-dim, bias [C_out], all contiguous and in the
+    accumulation dtype; the residual has x's dtype.
+    """
+    e, wide = epilogue, _check.accumulate_dtype(x.dtype)
+    return (
+        None if in_scale is None else _scale(in_scale, wide),
+        None if out_scale is None else _scale(out_scale, wide),
+        None if e.noise is None else _noise(e.noise, wide),
+        None if e.noise_strength is None else _noise_strength(e.noise_strength, e.noise, wide),
+        None if e.bias is None else _contiguous(e.bias, wide),
+        None if e.residual is None else e.residual.to(x.dtype),
+    )
 
 
 def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops import _check
-from fastgan.ops._conv_arguments import ConvArguments, check_call
+from fastgan.ops._conv_arguments import ConvArguments, check_call, kernel_tensors
+from fastgan.ops._conv_arguments import resolve as resolve_arguments
 from fastgan.ops._library import define
 from fastgan.ops.activation_grad import activation_grad
 from fastgan.ops.pixel_dot import pixel_dot
@@ -90,34 +91,84 @@ def scaled_conv2d(
         Miyato et al. 2018
     for 1/σ; the factoring into scales around one product is this library's.
     """
-    x = _check.tensor(_NAME, "x", x, ndim=4)
-    weight = _check.tensor(_NAME, "weight", weight, ndim=4)
+    for name, value in (("x", x), ("weight", weight)):
+        if not isinstance(value, Tensor):
+            _check.tensor(_NAME, name, value)
     x, weight = _check.autocast(x, weight)
-    args = ConvArguments.resolve(stride, padding, output_padding, dilation, padding_mode, transposed, groups)
+    options = (stride, padding, output_padding, dilation, padding_mode, transposed, groups)
     epilogue = _NOTHING if epilogue is None else epilogue
-    call = check_call(x, weight, in_scale, out_scale, args, epilogue)
-    chosen = backends.choose(_NAME, backend, _BACKENDS, x.device, x.dtype)
-    if chosen == "reference":
-        y = reference_scaled_conv2d(x, weight, call.in_scale, call.out_scale, **args.as_kwargs(), epilogue=epilogue)
+    plan = _find_plan(x, weight, in_scale, out_scale, options, epilogue, backend)
+    others = kernel_tensors(x, in_scale, out_scale, epilogue)
+    if plan.backend == "reference":
+        y = reference_scaled_conv2d(x, weight, *others[:2], **plan.args.as_kwargs(), epilogue=epilogue)
     else:
-        y = _run_op(x, weight, args, call, epilogue)
-    _check.no_nan(_NAME, y)
+        y = _run_op(x, weight, others, plan)
+    if _check.DEBUG:
+        _check.no_nan(_NAME, y)
     return y
 
 
-def _run_op(x: Tensor, weight: Tensor, args: ConvArguments, call, epilogue: Epilogue) -> Tensor:
-    left, right, top, bottom = args.padding
-    if args.padding_mode != "zeros" or left != right or top != bottom:
-        x, left, top = pad_input(x, args.padding, args.padding_mode), 0, 0
-    alpha, gain = resolve(epilogue.act, epilogue.alpha, epilogue.gain)
-    act = Activated(epilogue.act, alpha, gain, epilogue.clamp)
-    tensors = (x, weight, call.in_scale, call.out_scale, call.noise, call.noise_strength, call.bias, call.residual)
-    save_conv = torch.is_grad_enabled() and (
-        _needs_grad(call.out_scale)
-        or (not act.known_from_output(call.residual is not None) and any(_needs_grad(t) for t in tensors))
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from a call's signature alone, and so is worked out once."""
+
+    backend: str
+    args: ConvArguments
+    settings: tuple  # the op's arguments behind its tensors, without save_conv
+    explicit_padding: bool  # pad x first: torch's convolution pads with zeros and symmetrically only
+    from_output: bool  # the backward can work from y alone
+
+
+# A network makes the same few calls in every step, and checking one costs as much as a small layer. Cleared when shapes
+# that keep changing have filled it.
+_plans: dict[tuple, _Plan] = {}
+_PLANS_MOST = 4096
+
+
+def _find_plan(x, weight, in_scale, out_scale, options: tuple, epilogue: Epilogue, backend: str | None) -> _Plan:
+    """The plan of a call; raises for one that is wrong."""
+    if torch.compiler.is_compiling():
+        return _make_plan(x, weight, in_scale, out_scale, options, epilogue, backend)
+    e = epilogue
+    tensors = (x, weight, in_scale, out_scale, e.noise, e.noise_strength, e.bias, e.residual)
+    signature = (
+        *[(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else type(t) for t in tensors],
+        *[tuple(option) if isinstance(option, list) else option for option in options],
+        (e.act, e.alpha, e.gain, e.clamp, e.residual_gain),
+        backend,
+        backends.override(),
     )
-    geometry = (args.stride, (top, left), args.output_padding, args.dilation, args.transposed, args.groups)
-    return _conv_op(*tensors, *geometry, *act, float(epilogue.residual_gain), save_conv)[0]
+    plan = _plans.get(signature)
+    if plan is None:
+        plan = _make_plan(x, weight, in_scale, out_scale, options, epilogue, backend)
+        if len(_plans) >= _PLANS_MOST:
+            _plans.clear()
+        _plans[signature] = plan
+    return plan
+
+
+def _make_plan(x, weight, in_scale, out_scale, options: tuple, epilogue: Epilogue, backend: str | None) -> _Plan:
+    args = resolve_arguments(*options)
+    check_call(x, weight, in_scale, out_scale, args, epilogue)
+    chosen = backends.choose(_NAME, backend, _BACKENDS, x.device, x.dtype)
+    left, right, top, bottom = args.padding
+    explicit_padding = args.padding_mode != "zeros" or left != right or top != bottom
+    padding = (0, 0) if explicit_padding else (top, left)
+    act = Activated(epilogue.act, *resolve(epilogue.act, epilogue.alpha, epilogue.gain), epilogue.clamp)
+    geometry = Geometry(args.stride, padding, args.output_padding, args.dilation, args.transposed, args.groups)
+    settings = (*geometry.as_args(), *act, float(epilogue.residual_gain))
+    return _Plan(chosen, args, settings, explicit_padding, act.known_from_output(epilogue.residual is not None))
+
+
+def _run_op(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...], plan: _Plan) -> Tensor:
+    if plan.explicit_padding:
+        x = pad_input(x, plan.args.padding, plan.args.padding_mode)
+    save_conv = False
+    if torch.is_grad_enabled():
+        save_conv = _needs_grad(others[1]) or (
+            not plan.from_output and any(_needs_grad(t) for t in (x, weight, *others))
+        )
+    return _conv_op(x, weight, *others, *plan.settings, save_conv)[0]
 
 
 def _needs_grad(t: Tensor | None) -> bool:
