@@ -159,9 +159,14 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            if ask_engine:
-                ctx.needs_input_grad = _asked(ctx)
-            return (*backward(ctx, *gradients), None)
+            # Put back afterwards: a retained graph runs this again, for other gradients perhaps.
+            needed = ctx.needs_input_grad
+            try:
+                if ask_engine:
+                    ctx.needs_input_grad = _asked(ctx)
+                return (*backward(ctx, *gradients), None)
+            finally:
+                ctx.needs_input_grad = needed
 
     # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.
     apply = super(torch.autograd.Function, OpFunction).apply

@@ -283,16 +283,14 @@ def _bwd_bwd_fake(cotangents: list[Tensor], grad_loss: Tensor, *rest: Any) -> li
 def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     fake, real, masks, _, kind, _ = inputs
     _, signs, factors = output
-    ctx.mark_non_differentiable(signs, factors)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(signs, factors, *fake, *real, *masks)
     ctx.kind, ctx.maps = kind, len(fake)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple:
     fake_needs, real_needs = ctx.needs_input_grad[:2]
     want_fake, want_real = any(fake_needs), any(real_needs)
-    if grad_loss is None or not (want_fake or want_real):
+    if not (want_fake or want_real):
         return (None,) * 6
     signs, factors, *tensors = ctx.saved_tensors
     n = ctx.maps
