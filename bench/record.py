@@ -79,7 +79,9 @@ def main() -> None:
                 file.write(json.dumps(row | facts, ensure_ascii=False) + "\n")
                 file.flush()
                 spread = f"{row['median_ms']:9.3f} ms ({row['p20_ms']:.3f}–{row['p80_ms']:.3f})"
-                print(f"{case.op:22} {case.name:28} {row['pass']:11} {row['candidate']:8} {spread} {row['speedup']:6.2f}×")
+                print(
+                    f"{case.op:22} {case.name:28} {row['pass']:11} {row['candidate']:8} {spread} {row['speedup']:6.2f}×"
+                )
     print(f"rows are in {path}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastgan
 from fastgan.train.checkpoint import atomic_write
@@ -141,7 +141,7 @@ def prepare_folder(out: Path) -> None:
 
 def build(config: Pix2PixConfig) -> Pix2Pix:
     """The fused networks at their random start, which depends on the seed alone."""
-    from fastgan import models, ops
+    from fastgan import models, nn, ops
 
     def adversarial(real: Tensor | None, fake: Tensor, side: str) -> Tensor:
         return ops.patch_loss(real, fake, mode=config.loss, side=side).loss
@@ -150,6 +150,7 @@ def build(config: Pix2PixConfig) -> Pix2Pix:
         torch.manual_seed(config.seed)
         generator = models.UNetGenerator(**config.generator_arguments())
         critic = models.PatchGAN(**config.critic_arguments())
+    nn.group_spectral_norm(critic)
     return Pix2Pix(generator, critic, adversarial, config)
 
 
@@ -255,16 +256,17 @@ def _context(
     rows: list[dict[str, Any]],
     started: float,
 ) -> dict[str, Any]:
-    from fastgan.profile.latency import environment
     from fastgan.profile.report import line_chart
 
     photos, history, config = session.photos, session.history, session.model.config
+    machine = _machine()
     speed = session.step * config.batch / session.seconds
     run_facts = {
         "training": f"{session.step} steps of {config.batch} crops in {session.seconds:.0f} s ({speed:.1f} images/s)",
         "whole job": f"{time.monotonic() - started:.0f} s of this run, up to this page",
         "peak memory": f"{peak_memory_gib():.2f} GiB resident",
-        "generator": f"U-Net, width {config.width}, {_millions(session.model.generator)} parameters, {config.norm} norm",
+        "generator": f"U-Net, width {config.width}, {config.norm} norm, "
+        f"{_millions(session.model.generator)} parameters",
         "critic": f"PatchGAN with spectral norm, width {config.critic_width}, "
         f"{_millions(session.model.critic)} parameters",
         "training rule": f"{config.loss} GAN loss + {config.l1_weight:g} · L1, Adam {config.lr_generator:g} / "
@@ -284,7 +286,7 @@ def _context(
         ],
         "held_out": held_out,
         "measurements": measurements,
-        "environment": environment(),
+        "environment": machine,
         "command": _command(args),
         "run": run_facts,
         "sources": [(photo.name, photo.credit, role) for photo, role in roles],
@@ -312,14 +314,26 @@ def _headline(
     ]
 
 
+def _machine() -> dict[str, Any]:
+    from fastgan.profile.latency import environment, machine_limits
+
+    limits = machine_limits()
+    facts = {name: value for name, value in environment().items() if value is not None}
+    return {
+        **facts,
+        "reading memory": f"{limits.read_bytes / 1e9:.0f} GB/s (measured: a float32 sum)",
+        "multiplying": f"{limits.sgemm_flops / 1e9:.0f} GFLOP/s (measured: a float32 matrix product)",
+    }
+
+
 def _not_done() -> list[str]:
     notes = [
         "torch.compile is not timed here: compiling both networks takes longer than this job. bench/ has it.",
         "Nothing is said about image quality beyond the held-out L1: with a handful of photographs no distance between "
         "distributions would mean anything.",
     ]
-    if not torch.cuda.is_available():
-        notes.append("No GPU was found, so nothing was measured on one.")
+    found = "A GPU was found, but this job uses" if torch.cuda.is_available() else "No GPU was found: this job used"
+    notes.append(f"{found} the CPU only, and no number here says anything about a GPU.")
     return notes
 
 
@@ -328,7 +342,7 @@ def _five_lines(
 ) -> str:
     generator, step = measurements.generator, measurements.step
     parities = measurements.parities
-    name, worst = max(parities, key=lambda row: row[1].worst.fused)
+    plain_error, fused_error = (max(values) for values in zip(*(p.largest for _, p in parities), strict=True))
     outside = [title for title, parity in parities if not parity.within]
     state = "all within bounds" if not outside else f"OUTSIDE bounds: {', '.join(outside)}"
     untrained, colour = held_out.gain_over(held_out.untrained), held_out.gain_over(held_out.mean_colour)
@@ -343,13 +357,13 @@ def _five_lines(
             f"{generator.timings[generator.best_plain].median * 1e3:.1f} ms ({generator.speedup:.2f}×); training step "
             f"{step.timings['fastgan'].median * 1e3:.0f} ms, plain {step.timings[step.best_plain].median * 1e3:.0f} ms "
             f"({step.speedup:.2f}×)",
-            f"parity     {len(parities)} comparisons, {state}; largest error {worst.worst.fused:.0e} of float64 "
-            f"(plain PyTorch {worst.worst.original:.0e}): {name}",
+            f"parity     {len(parities)} comparisons, {state}; largest error against float64 {fused_error:.0e}, plain "
+            f"PyTorch's {plain_error:.0e}",
         ]
     )
 
 
-def _millions(model: nn.Module) -> str:
+def _millions(model: torch.nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M"
 
 

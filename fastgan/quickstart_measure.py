@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgan.profile import plain
 from fastgan.profile.compare import Comparison, compare
-from fastgan.profile.latency import Timing, measure
+from fastgan.profile.latency import Timing, measure, speedup
 from fastgan.profile.layers import pair_layers
 from fastgan.profile.parity import Parity, against_reference, check_parity
 from fastgan.train.data import Pairs
@@ -43,13 +43,13 @@ class Contest:
 
     @property
     def speedup(self) -> float:
-        """Best plain time over fastgan's: above 1, fastgan is faster."""
-        return self.timings[self.best_plain].median / self.timings["fastgan"].median
+        """How many times as fast fastgan is, the median over the rounds."""
+        return speedup(self.timings, "fastgan", self.best_plain)
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """All of it: one comparison for each distinct layer, and the two contests. ``counts``: how often each layer occurs."""
+    """All of it: a comparison for each distinct layer, and two contests. ``counts``: how often each layer occurs."""
 
     layers: tuple[Comparison, ...]
     counts: tuple[int, ...]
@@ -84,8 +84,8 @@ def measure_all(model: Pix2Pix, pairs: Pairs, on_part: Callable[[str], None]) ->
     generator = torch.Generator().manual_seed(config.seed)
     layers = tuple(
         compare(
-            deepcopy(pair.plain),
-            deepcopy(pair.fused),
+            pair.plain,
+            pair.fused,
             [torch.randn(pair.shape, generator=generator)],
             name=pair.title,
             seconds=LAYER_SECONDS,
@@ -105,7 +105,7 @@ def measure_step(model: Pix2Pix, twins: tuple[nn.Module, nn.Module], pairs: Pair
     config = model.config
     reference = _step_results(plain_trainer(*twins, config, dtype=torch.float64), pairs, torch.float64)
     original = _step_results(plain_trainer(*twins, config), pairs)
-    parity = against_reference(reference, original, _step_results(_copy(model), pairs))
+    parity = against_reference(reference, original, _step_results(_copy(model), pairs), accumulated=True)
     trainers = {"fastgan": _copy(model)}
     batches = {"fastgan": pairs}
     for name, layout in LAYOUTS.items():

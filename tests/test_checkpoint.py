@@ -165,9 +165,7 @@ def test_the_last_checkpoint_survives_a_disk_error(photos, tmp_path, monkeypatch
         monkeypatch.setattr(checkpoint, "open", open_full, raising=False)
     else:
         monkeypatch.setattr(checkpoint.os, when, full)
-    with pytest.raises(
-        OSError, match="cannot write .*checkpoint.pt: No space left on device; what was there before"
-    ) as caught:
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pt: No space left .*; what was there") as caught:
         session.run(Limit(steps=2))
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
@@ -197,9 +195,13 @@ def test_a_really_full_disk(photos, tmp_path):
 
 
 def test_atomic_write_leaves_nothing_behind_when_its_body_fails(tmp_path):
-    with pytest.raises(RuntimeError, match="a bug"), atomic_write(tmp_path / "file") as file:
-        file.write(b"half")
-        raise RuntimeError("a bug")
+    def write_half():
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"half")
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +233,7 @@ def test_no_checkpoint_and_damaged_checkpoints_are_refused(photos, tmp_path):
     whole = session.checkpoint.read_bytes()
     for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
         session.checkpoint.write_bytes(damaged)
-        with pytest.raises(ValueError, match="must be a checkpoint of fastgan, got a file that torch cannot read"):
+        with pytest.raises(ValueError, match="must be a checkpoint of fastgan, got a file that cannot be read"):
             session.resume()
     torch.save({"weights": torch.zeros(2)}, session.checkpoint)
     with pytest.raises(ValueError, match="got something else"):
@@ -252,7 +254,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"format": checkpoint.FORMAT, "x": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="torch cannot read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_checkpoint(tmp_path / "evil.pt", config={}, data="")
     assert not (tmp_path / "ran").exists()
 

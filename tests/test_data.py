@@ -1,4 +1,4 @@
-"""Photographs, drawings and crops: what is read, what is skipped and said, and that crops depend on (seed, step) alone."""
+"""Photographs, drawings and crops: what is read and what is skipped; crops depend on (seed, step) alone."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def test_value_is_as_exact_as_eager(dtype, order, n_iter, backend):
                     scale = float(oracle([weight.abs()], [us[0].abs()], [vs[0].abs()], **options)[0] / want[0].abs())
                 sigma = spectral_sigma([weight], us, vs, backend=backend, **options)
                 assert sigma.dtype == us[0].dtype
-                floor = 1e-14 if dtype == torch.float64 else 4e-7
+                # float64 is the oracle itself: 70,001 terms summed in another order differ by 1.4e-14 (measured).
+                floor = 5e-14 if dtype == torch.float64 else 4e-7
                 assert error(sigma, want[0]) <= 2 * error(eager[0], want[0]) + floor * scale, (shape, name, dim)
                 if n_iter > 0:
                     for got, plain, exact in ((us, eager[1], want[1]), (vs, eager[2], want[2])):
@@ -299,8 +300,13 @@ def test_frozen_weights_cost_nothing():
         assert not spectral_sigma(weights, us, vs, dims=dims).requires_grad
     assert calls.names() == ["spectral_sigma"]
 
-    # What the loss uses of two layers' σ is the first's alone, and no second derivative is asked for.
-    weights[0].requires_grad_()
+    for weight in weights:
+        weight.requires_grad_()
+    with Calls() as calls:
+        torch.autograd.grad(spectral_sigma(weights, us, vs, dims=dims).sum(), weights[2])
+    assert calls.made[1][1][4] == [2]
+
+    # What is asked for depends on σ, but not on what σ depends on.
     x = torch.randn((), dtype=torch.float64, requires_grad=True)
     with Calls() as calls:
         sigma = spectral_sigma(weights, us, vs, dims=dims)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,10 +78,25 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"load: {path} must be a safetensors file, got one that cannot be read: {error}") from error
 
 
+def read_archive(path: Path) -> Any:
+    """What torch.save wrote to ``path``: tensors and plain values only, on the CPU. Nothing in it is executed.
+
+    Raises:
+        ValueError: with the reason, if it is another kind of file, damaged, or holds more than that.
+    """
+    # torch takes any file that is no archive for its old format, and then raises whatever the bytes lead to.
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a complete archive of torch.save")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(str(error).strip().splitlines()[0]) from error
+
+
 def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        stored = read_archive(path)
+    except ValueError as error:
         raise ValueError(
             f"load: {path} must be a file that torch.save wrote, got one that cannot be read: {error}"
         ) from error

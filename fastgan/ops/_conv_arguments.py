@@ -114,6 +114,12 @@ class CheckedCall(NamedTuple):
     residual: Tensor | None
 
 
+# Signatures of calls that were found right. A network makes the same few calls in every step, and the checks cost as much
+# as a small layer; cleared when dynamic shapes fill it.
+_known: set[tuple] = set()
+_KNOWN_MOST = 4096
+
+
 def check_call(
     x: Tensor,
     weight: Tensor,
@@ -123,35 +129,56 @@ def check_call(
     epilogue: Epilogue,
 ) -> CheckedCall:
     """Check everything that depends on the tensors; raises ValueError with what was expected and what came."""
-    others = (
-        ("weight", weight),
-        ("in_scale", in_scale),
-        ("out_scale", out_scale),
-        ("epilogue.noise", epilogue.noise),
-        ("epilogue.noise_strength", epilogue.noise_strength if isinstance(epilogue.noise_strength, Tensor) else None),
-        ("epilogue.bias", epilogue.bias),
-        ("epilogue.residual", epilogue.residual),
+    e = epilogue
+    tensors = (x, weight, in_scale, out_scale, e.noise, e.noise_strength, e.bias, e.residual)
+    if torch.compiler.is_compiling():
+        _validate(x, weight, in_scale, out_scale, args, epilogue)
+    else:
+        signature = (args, e.act, e.clamp, *[_signature(t) for t in tensors])
+        if signature not in _known:
+            _validate(x, weight, in_scale, out_scale, args, epilogue)
+            if len(_known) >= _KNOWN_MOST:
+                _known.clear()
+            _known.add(signature)
+    wide = _check.accumulate_dtype(x.dtype)
+    return CheckedCall(
+        None if in_scale is None else _scale(in_scale, wide),
+        None if out_scale is None else _scale(out_scale, wide),
+        None if e.noise is None else _noise(e.noise, wide),
+        None if e.noise_strength is None else _noise_strength(e.noise_strength, e.noise, wide),
+        None if e.bias is None else _contiguous(e.bias, wide),
+        None if e.residual is None else e.residual.to(x.dtype),
     )
-    for name, value in others:
+
+
+def _signature(value: object) -> object:
+    """What the checks look at: of a tensor shape, dtype and device; of anything else its type."""
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    args: ConvArguments,
+    epilogue: Epilogue,
+) -> None:
+    others = {"weight": weight, "in_scale": in_scale, "out_scale": out_scale}
+    others |= {f"epilogue.{name}": getattr(epilogue, name) for name in ("noise", "bias", "residual")}
+    if isinstance(epilogue.noise_strength, Tensor):
+        others["epilogue.noise_strength"] = epilogue.noise_strength
+    for name, value in others.items():
         if value is not None:
             _check.tensor(_NAME, name, value)
-            if value.device != x.device:
-                _check.same_device(_NAME, x=x, **{name: value})
-    if weight.dtype != x.dtype:
-        _check.same_dtype(_NAME, x=x, weight=weight)
+    _check.same_device(_NAME, x=x, **others)
+    _check.same_dtype(_NAME, x=x, weight=weight)
     c_in, c_out = _channels(x, weight, args)
     hw = _spatial(x, weight, args)
-    _check_epilogue_options(epilogue)
-    wide = _check.accumulate_dtype(x.dtype)
     n = x.shape[0]
-    return CheckedCall(
-        _scale("in_scale", in_scale, n, c_in, wide),
-        _scale("out_scale", out_scale, n, c_out, wide),
-        _noise(epilogue.noise, n, hw, wide),
-        _noise_strength(epilogue, wide),
-        _bias(epilogue.bias, c_out, wide),
-        _residual(epilogue.residual, (n, c_out, *hw), x.dtype),
-    )
+    _check_scale("in_scale", in_scale, n, c_in)
+    _check_scale("out_scale", out_scale, n, c_out)
+    _check_epilogue(epilogue, (n, c_out, *hw))
 
 
 def _channels(x: Tensor, weight: Tensor, args: ConvArguments) -> tuple[int, int]:
@@ -187,12 +214,33 @@ def _spatial(x: Tensor, weight: Tensor, args: ConvArguments) -> tuple[int, int]:
     return hw
 
 
-def _check_epilogue_options(epilogue: Epilogue) -> None:
+def _check_scale(name: str, scale: Tensor | None, n: int, c: int) -> None:
+    if scale is not None and tuple(scale.shape) not in ((n, c), (1, c), (c,), (1, 1), ()):
+        raise ValueError(
+            f"{_NAME}: {name} must be [N, C] = {[n, c]}, {[1, c]}, {[c]}, [1, 1] or 0-dim, got {list(scale.shape)}"
+        )
+
+
+def _check_epilogue(epilogue: Epilogue, shape: tuple[int, int, int, int]) -> None:
+    n, c, *hw = shape
+    noise, strength, bias, residual = epilogue.noise, epilogue.noise_strength, epilogue.bias, epilogue.residual
     _check.one_of(_NAME, "epilogue.act", epilogue.act, tuple(ACTIVATIONS))
     if epilogue.clamp is not None and not epilogue.clamp > 0:
         raise ValueError(f"{_NAME}: epilogue.clamp must be positive or None, got {epilogue.clamp}")
-    if epilogue.noise is None and epilogue.noise_strength is not None:
-        raise ValueError(f"{_NAME}: epilogue.noise_strength must be None without noise, got {epilogue.noise_strength}")
+    if noise is not None and list(noise.shape) not in (hw, [n, 1, *hw]):
+        raise ValueError(
+            f"{_NAME}: epilogue.noise must be [H, W] = {hw} or [N, 1, H, W] = {[n, 1, *hw]}, got {list(noise.shape)}"
+        )
+    if noise is None and strength is not None:
+        raise ValueError(f"{_NAME}: epilogue.noise_strength must be None without noise, got {strength}")
+    if isinstance(strength, Tensor) and strength.numel() != 1:
+        raise ValueError(f"{_NAME}: epilogue.noise_strength must have one element, got {list(strength.shape)}")
+    if bias is not None and list(bias.shape) != [c]:
+        raise ValueError(f"{_NAME}: epilogue.bias must be [C_out] = {[c]}, got {list(bias.shape)}")
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(
+            f"{_NAME}: epilogue.residual must be [N, C_out, H, W] = {list(shape)}, got {list(residual.shape)}"
+        )
 
 
 def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,50 +249,17 @@ def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.is_contiguous() else t.contiguous()
 
 
-def _scale(name: str, scale: Tensor | None, n: int, c: int, wide: torch.dtype) -> Tensor | None:
-    if scale is None:
-        return None
-    shape = tuple(scale.shape)
-    if shape not in ((n, c), (1, c), (c,), (1, 1), ()):
-        raise ValueError(
-            f"{_NAME}: {name} must be [N, C] = {[n, c]}, {[1, c]}, {[c]}, [1, 1] or 0-dim, got {list(shape)}"
-        )
+def _scale(scale: Tensor, wide: torch.dtype) -> Tensor:
     if scale.ndim < 2:
-        scale = scale.reshape((1,) * (2 - scale.ndim) + shape)
+        scale = scale.reshape((1,) * (2 - scale.ndim) + tuple(scale.shape))
     return _contiguous(scale, wide)
 
 
-def _noise(noise: Tensor | None, n: int, hw: tuple[int, int], wide: torch.dtype) -> Tensor | None:
-    if noise is None:
-        return None
-    if tuple(noise.shape) not in (hw, (n, 1, *hw)):
-        raise ValueError(
-            f"{_NAME}: epilogue.noise must be [H, W] = {list(hw)} or [N, 1, H, W] = {[n, 1, *hw]}, "
-            f"got {list(noise.shape)}"
-        )
-    return noise.to(wide).reshape(-1 if noise.ndim == 4 and n else 1, 1, *hw).contiguous()
+def _noise(noise: Tensor, wide: torch.dtype) -> Tensor:
+    return _contiguous(noise if noise.ndim == 4 else noise[None, None], wide)
 
 
-def _noise_strength(epilogue: Epilogue, wide: torch.dtype) -> Tensor | None:
-    strength = epilogue.noise_strength
-    if epilogue.noise is None or strength is None:
-        return None
+def _noise_strength(strength: float | Tensor, noise: Tensor, wide: torch.dtype) -> Tensor:
     if not isinstance(strength, Tensor):
-        return torch.full((), float(strength), dtype=wide, device=epilogue.noise.device)
-    if strength.numel() != 1:
-        raise ValueError(f"{_NAME}: epilogue.noise_strength must have one element, got {list(strength.shape)}")
+        return torch.full((), float(strength), dtype=wide, device=noise.device)
     return strength.to(wide).reshape(())
-
-
-def _bias(bias: Tensor | None, c: int, wide: torch.dtype) -> Tensor | None:
-    if bias is not None and tuple(bias.shape) != (c,):
-        raise ValueError(f"{_NAME}: epilogue.bias must be [C_out] = {[c]}, got {list(bias.shape)}")
-    return None if bias is None else _contiguous(bias, wide)
-
-
-def _residual(residual: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    if residual is not None and tuple(residual.shape) != shape:
-        raise ValueError(
-            f"{_NAME}: epilogue.residual must be [N, C_out, H, W] = {list(shape)}, got {list(residual.shape)}"
-        )
-    return None if residual is None else residual.to(dtype)

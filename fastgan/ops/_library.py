@@ -159,14 +159,15 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            # Put back afterwards: a retained graph runs this again, for other gradients perhaps.
-            needed = ctx.needs_input_grad
+            if not ask_engine:
+                return (*backward(ctx, *gradients), None)
+            # Put back: a second pass through this node, a penalty's after its inner gradient, asks for other gradients.
+            required = ctx.needs_input_grad
+            ctx.needs_input_grad = _asked(ctx)
             try:
-                if ask_engine:
-                    ctx.needs_input_grad = _asked(ctx)
                 return (*backward(ctx, *gradients), None)
             finally:
-                ctx.needs_input_grad = needed
+                ctx.needs_input_grad = required
 
     # Function.apply itself, without the unwrapping of functorch's tensors in front of it, which costs as much again.
     apply = super(torch.autograd.Function, OpFunction).apply

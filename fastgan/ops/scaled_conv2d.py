@@ -26,6 +26,7 @@ from fastgan.reference.scaled_conv2d import pad_input
 from fastgan.reference.scaled_conv2d import scaled_conv2d as reference_scaled_conv2d
 
 _NAME = "scaled_conv2d"
+_NOTHING = Epilogue()
 _BACKENDS = {"cpp": backends.cpp_can_run, "reference": backends.always}
 
 
@@ -93,7 +94,7 @@ def scaled_conv2d(
     weight = _check.tensor(_NAME, "weight", weight, ndim=4)
     x, weight = _check.autocast(x, weight)
     args = ConvArguments.resolve(stride, padding, output_padding, dilation, padding_mode, transposed, groups)
-    epilogue = Epilogue() if epilogue is None else epilogue
+    epilogue = _NOTHING if epilogue is None else epilogue
     call = check_call(x, weight, in_scale, out_scale, args, epilogue)
     chosen = backends.choose(_NAME, backend, _BACKENDS, x.device, x.dtype)
     if chosen == "reference":

@@ -180,7 +180,6 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, u, v = output
-    ctx.mark_non_differentiable(u, v)
     ctx.set_materialize_grads(False)
     _save(ctx, inputs[0], u, v, inputs[-1])
 
@@ -193,7 +192,7 @@ def _save(ctx: Any, weights: list[Tensor], u: Tensor, v: Tensor, dims: list[int]
     ctx.dtype = weights[0].dtype
 
 
-def _backward(ctx: Any, grad_sigma: Tensor | None, grad_u: None, grad_v: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_sigma: Tensor | None) -> tuple[Any, ...]:
     return _weight_grads(ctx, grad_sigma), None, None, None, None, None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fastgan.profile.latency import Timing, measure
+from fastgan.profile.latency import Timing, measure, speedup
 from fastgan.profile.parity import Function, Parity, check_parity
 
 
@@ -24,9 +25,8 @@ class Comparison:
     training: Mapping[str, Timing] | None
 
     def speedup(self, what: str = "forward") -> float:
-        """Median time of the original over the fused one's: above 1, fused is faster. ``what``: forward or training."""
-        timings = getattr(self, what)
-        return timings["original"].median / timings["fused"].median
+        """How many times as fast fused is, the median over the rounds. ``what``: "forward" or "training"."""
+        return speedup(getattr(self, what), "fused", "original")
 
     def __str__(self) -> str:
         worst = self.parity.worst
@@ -80,17 +80,28 @@ def compare(
     """
     kwargs = dict(example_kwargs or {})
     parity = check_parity(original, fused, example_args, kwargs, backward=backward)
-    both = {"original": original, "fused": fused}
+    # Copies: a forward in training advances running statistics and power iterations, and the caller's stay as they are.
+    both = {"original": _own(original), "fused": _own(fused)}
+    tensors = [value for value in tree_flatten((list(example_args), kwargs))[0] if isinstance(value, Tensor)]
+    device = tensors[0].device if tensors else "cpu"
     forward = measure(
-        {key: _forward(function, example_args, kwargs) for key, function in both.items()}, seconds=seconds
+        {key: _forward(function, example_args, kwargs) for key, function in both.items()},
+        seconds=seconds,
+        device=device,
     )
     training = None
     if backward:
         training = measure(
-            {key: _forward_backward(function, example_args, kwargs) for key, function in both.items()}, seconds=seconds
+            {key: _forward_backward(function, example_args, kwargs) for key, function in both.items()},
+            seconds=seconds,
+            device=device,
         )
     label = name or getattr(fused, "__name__", type(fused).__name__)
     return Comparison(label, parity, forward, training)
+
+
+def _own(function: Function) -> Function:
+    return deepcopy(function) if isinstance(function, nn.Module) else function
 
 
 def _forward(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], None]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-PLAIN_ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "lrelu": nn.LeakyReLU, "tanh": nn.Tanh}
+PLAIN_ACTIVATIONS: Mapping[str, Callable[[nn.Module, Any, Tensor], Tensor]] = {
+    "relu": lambda layer, inputs, output: F.relu(output, inplace=True),
+    "lrelu": lambda layer, inputs, output: F.leaky_relu(output, 0.2, inplace=True),
+    "tanh": lambda layer, inputs, output: torch.tanh(output),
+}
 
 
 @dataclass
@@ -29,25 +36,25 @@ def _is_convolution(layer: nn.Module) -> bool:
 
 def _title(fused: nn.Module, plain: nn.Module, shape: tuple[int, ...]) -> str:
     """What a reader needs to recognise the layer: kind, kernel, stride, channels, the size that comes in."""
-    convolution = plain[0] if isinstance(plain, nn.Sequential) else plain
-    kind = "transposed " if isinstance(convolution, nn.ConvTranspose2d) else ""
-    spectral = "spectral norm, " if hasattr(convolution, "parametrizations") else ""
-    kernel = f"{convolution.kernel_size[0]}×{convolution.kernel_size[1]}"
+    kind = "transposed " if isinstance(plain, nn.ConvTranspose2d) else ""
+    spectral = "spectral norm, " if hasattr(plain, "parametrizations") else ""
+    kernel = f"{plain.kernel_size[0]}×{plain.kernel_size[1]}"
     act = getattr(fused, "act", "linear")
-    channels = f"{convolution.in_channels}→{convolution.out_channels}"
+    channels = f"{plain.in_channels}→{plain.out_channels}"
     tail = "" if act == "linear" else f", {act}"
-    return f"{spectral}{kind}{kernel} stride {convolution.stride[0]}{tail}, {channels} at {shape[-2]}×{shape[-1]}"
+    return f"{spectral}{kind}{kernel} stride {plain.stride[0]}{tail}, {channels} at {shape[-2]}×{shape[-1]}"
 
 
 def _plain_layer(fused: nn.Module, convolution: nn.Module) -> nn.Module:
-    """The plain convolution followed by the activation that the fused layer includes."""
+    """A copy of the plain convolution, followed by the activation that the fused layer includes.
+
+    The activation is a hook and not a second layer, so that the parameters keep the names of the fused ones.
+    """
+    layer = deepcopy(convolution)
     act = getattr(fused, "act", "linear")
-    if act == "linear":
-        return convolution
-    activation = PLAIN_ACTIVATIONS[act]
-    if act == "lrelu":
-        return nn.Sequential(convolution, activation(0.2, inplace=True))
-    return nn.Sequential(convolution, activation(inplace=True) if act == "relu" else activation())
+    if act != "linear":
+        layer.register_forward_hook(PLAIN_ACTIVATIONS[act])
+    return layer
 
 
 def pair_layers(fused: nn.Module, plain: nn.Module, example: Tensor) -> list[LayerPair]:

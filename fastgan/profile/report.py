@@ -74,7 +74,7 @@ def line_chart(values: Sequence[float]) -> str:
     for share in (0.0, 0.5, 1.0):
         y = MARGIN_TOP + inner_height * (1 - share)
         marks.append(f'<line class="axis" x1="{MARGIN_LEFT}" x2="{CHART_WIDTH - 6}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text x="{MARGIN_LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{low + share * span:.3g}</text>')
+        marks.append(f'<text x="{MARGIN_LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{low + share * span:.2f}</text>')
     bottom = CHART_HEIGHT - 4
     marks.append(f'<text x="{MARGIN_LEFT}" y="{bottom}">step 1</text>')
     marks.append(f'<text x="{CHART_WIDTH - 6}" y="{bottom}" text-anchor="end">{len(values)}</text>')
@@ -125,4 +125,4 @@ def _error(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{round(100 * share)} %"

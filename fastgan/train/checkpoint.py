@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from fastgan.models.saved import read_archive
 
 FORMAT = "fastgan.pix2pix"
 VERSION = 1
@@ -78,17 +79,16 @@ def load_checkpoint(path: Path, *, config: dict[str, Any], data: str) -> dict[st
         data: the fingerprint of the photographs.
 
     Raises:
-        ValueError: it is not such a checkpoint, or belongs to another configuration or other photographs; the text names
-            what differs.
+        ValueError: it is not such a checkpoint, or belongs to another configuration or other photographs; the text
+            names what differs.
     """
+    if not path.is_file():
+        raise ValueError(f"quickstart: --resume needs a checkpoint, got nothing at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"quickstart: --resume needs a checkpoint, got nothing at {path}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        state = read_archive(path)
+    except ValueError as error:
         raise ValueError(
-            f"quickstart: {path} must be a checkpoint of fastgan, got a file that torch cannot read: {reason}"
+            f"quickstart: {path} must be a checkpoint of fastgan, got a file that cannot be read: {error}"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"quickstart: {path} must be a checkpoint of `fastgan quickstart`, got something else")
@@ -105,7 +105,7 @@ def load_checkpoint(path: Path, *, config: dict[str, Any], data: str) -> dict[st
         )
     if state["data"] != data:
         raise ValueError(
-            f"quickstart: checkpoint {path} must come from these photographs (fingerprint {data}), got {state['data']}: "
-            "the files or the split changed since; train anew in another --out"
+            f"quickstart: checkpoint {path} must come from these photographs (fingerprint {data}), got "
+            f"{state['data']}: the files or the split changed since; train anew in another --out"
         )
     return state

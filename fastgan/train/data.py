@@ -39,18 +39,18 @@ class Bundled:
     held_out: bool = False
 
 
-# The photographs in the wheel that suit the task. Left out are diagrams, silhouettes, scans of
-# text, microscopy and the sky, and, from training only, greyscale: with textures of grass, gravel and brick among
-# them, the answer that minimises L1 is grey for everything. Licences as scikit-image documents them in skimage.data. The
-# two motorcycles are a stereo pair and stay together.
+# The photographs in the wheel that suit the task. Left out are diagrams, silhouettes, scans of text, microscopy and the
+# sky, and, from training only, greyscale: with textures of grass, gravel and brick among them, the answer that
+# minimises L1 is grey for everything. Licences as scikit-image documents them in skimage.data. The two motorcycles are
+# a stereo pair and stay together.
 BUNDLED = (
-    Bundled("astronaut.png", "Eileen Collins. NASA Great Images, public domain"),
-    Bundled("camera.png", "Lav Varshney, CC0", held_out=True),
     Bundled("chelsea.png", "Chelsea the cat. Stefan van der Walt, CC0", held_out=True),
+    Bundled("camera.png", "Lav Varshney, CC0", held_out=True),
+    Bundled("astronaut.png", "Eileen Collins. NASA Great Images, public domain"),
     Bundled("coffee.png", "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0"),
     Bundled("motorcycle_left.png", "Middlebury stereo benchmark, D. Scharstein et al., 2014"),
-    Bundled("motorcycle_right.png", "Middlebury stereo benchmark, D. Scharstein et al., 2014"),
     Bundled("rocket.jpg", "Falcon 9 with DSCOVR. SpaceX, public domain"),
+    Bundled("motorcycle_right.png", "Middlebury stereo benchmark, D. Scharstein et al., 2014"),
 )
 
 
@@ -136,8 +136,8 @@ def _load_folder(folder: Path, size: int, seed: int, on_file: Callable[[str], No
     for rank, index in enumerate(order):
         if budget <= 0:
             photos.notes.append(
-                f"{len(order) - rank} of {len(order)} images were not read: the first {rank}, in an order drawn from the "
-                f"seed, fill the {PIXEL_BUDGET >> 20} MiB kept for pixels"
+                f"{len(order) - rank} of {len(order)} images were not read: the first {rank}, in an order drawn from "
+                f"the seed, fill the {PIXEL_BUDGET >> 20} MiB kept for pixels"
             )
             break
         name = paths[index].relative_to(folder).as_posix()
@@ -148,8 +148,8 @@ def _load_folder(folder: Path, size: int, seed: int, on_file: Callable[[str], No
     if len(kept) < 2:
         others = sum(1 for path in folder.rglob("*") if path.is_file()) - len(paths)
         raise ValueError(
-            f"quickstart: --data must hold at least 2 usable images (one is held out), got {len(kept)} in {str(folder)!r} "
-            f"({len(paths)} image files, {others} other files{_listed(photos.skipped, '; skipped ')})"
+            f"quickstart: --data must hold at least 2 usable images (one is held out), got {len(kept)} in "
+            f"{str(folder)!r} ({len(paths)} image files, {others} other files{_listed(photos.skipped, '; skipped ')})"
         )
     held_out = max(1, round(HELD_OUT_SHARE * len(kept)))
     photos.held_out, photos.train = kept[:held_out], kept[held_out:]
@@ -166,7 +166,7 @@ def _listed(skipped: Sequence[tuple[str, str]], prefix: str = "", most: int = 5)
 def _read_usable(
     path: Path, name: str, credit: str, size: int, photos: PhotoSet, on_file: Callable[[str], None] | None
 ) -> Photo | None:
-    """Read one photograph, enlarge it if it is smaller than a crop; None if it was skipped (and noted in ``photos``)."""
+    """Read one photograph, enlarged if it is smaller than a crop; None if it was skipped (noted in ``photos``)."""
     if on_file is not None:
         on_file(name)
     try:

@@ -24,8 +24,8 @@ class Pix2PixConfig:
     """
 
     size: int = 128  # pixels
-    width: int = 32  # the generator's channels at full resolution
-    critic_width: int = 32
+    width: int = 24  # the generator's channels at full resolution
+    critic_width: int = 24
     critic_layers: int = 3
     norm: str = "batch"
     batch: int = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -35,13 +36,16 @@ class Progress:
         self.limit, self.console = limit, console
         self.bar = None
         self.marks = [(session.seconds, session.step)]
-        self.printed_at = time.monotonic()
+        self.printed_at = -math.inf
         if console.is_terminal:
             bar = require("rich.progress", "train")
             self.bar = bar.Progress(
-                bar.TextColumn("training"), bar.BarColumn(), bar.TaskProgressColumn(), bar.TextColumn("{task.description}"),
+                bar.TextColumn("training"),
+                bar.BarColumn(),
+                bar.TaskProgressColumn(),
+                bar.TextColumn("{task.description}"),
                 console=console,
-            )  # fmt: skip
+            )
             self.task = self.bar.add_task("", total=1.0)
 
     def __enter__(self) -> Progress:

@@ -129,8 +129,8 @@ class Session:
             value = float(getattr(losses, name))
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"quickstart: the {name} loss must be finite, got {value} at step {self.step}; the last checkpoint is "
-                    "from before"
+                    f"quickstart: the {name} loss must be finite, got {value} at step {self.step}; the last "
+                    "checkpoint is from before"
                 )
             values.append(value)
 

@@ -1,8 +1,8 @@
 """Photographs into soft line drawings: the input side of the sketch -> photo task.
 
 Two parts, as a person draws them: pencil lines where the picture is darker than its surround, and one grey wash over
-what is dark altogether. Both are differences of Gaussians with a soft threshold, after Winnemöller, Kyprianidis and Olsen,
-"XDoG: an eXtended difference-of-Gaussians compendium" (2012), eq. 5 and 7.
+what is dark altogether. Both are differences of Gaussians with a soft threshold, after Winnemöller, Kyprianidis and
+Olsen, "XDoG: an eXtended difference-of-Gaussians compendium" (2012), eq. 5 and 7.
 """
 
 from __future__ import annotations
