@@ -17,17 +17,10 @@ namespace {
 enum class Form { kBce, kSquare, kLinear, kHinge };
 
 Form parse_form(const std::string& name) {
-  if (name == "bce") {
-    return Form::kBce;
-  }
-  if (name == "square") {
-    return Form::kSquare;
-  }
-  if (name == "linear") {
-    return Form::kLinear;
-  }
-  STD_TORCH_CHECK(name == "hinge", "patch_loss: form must be bce, square, linear or hinge, got ", name);
-  return Form::kHinge;
+  const std::string names[] = {"bce", "square", "linear", "hinge"};
+  const auto* found = std::find(std::begin(names), std::end(names), name);
+  STD_TORCH_CHECK(found != std::end(names), "patch_loss: form must be bce, square, linear or hinge, got ", name);
+  return static_cast<Form>(found - std::begin(names));
 }
 
 // f and f' at x. Selects keep a NaN: a comparison with it is false, and the false branch passes it on.
