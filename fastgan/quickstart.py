@@ -99,11 +99,12 @@ def run(args: argparse.Namespace) -> int:
         print("\nStopped; what was saved before is in place.")
         return 130
     except (ValueError, OSError, FloatingPointError, MissingExtra) as error:
-        text = (
-            f"{error.strerror}"
-            if isinstance(error, OSError) and error.filename is None and error.strerror
-            else str(error)
-        )
+        text = str(error)
+        if isinstance(error, ValueError) and not text.startswith("quickstart: "):
+            # Not about what the user gave: a mistake of ours, whose place the traceback shows.
+            raise
+        if isinstance(error, OSError) and error.filename is None and error.strerror:
+            text = error.strerror
         print(f"fastgan quickstart: error: {text.removeprefix('quickstart: ')}", file=sys.stderr)
         return 1
 
@@ -114,7 +115,7 @@ def _command(args: argparse.Namespace, *, resume: bool | None = None) -> str:
     add_arguments(parser)
     words = ["fastgan", "quickstart"]
     for name, value in vars(args).items():
-        if name == "resume" or name == "command" or value is None or value == parser.get_default(name):
+        if name in ("resume", "command") or value is None or value == parser.get_default(name):
             continue
         words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     if args.resume if resume is None else resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 from dataclasses import replace
@@ -176,12 +177,27 @@ def test_the_last_checkpoint_survives_a_disk_error(photos, tmp_path, monkeypatch
     assert resumed.step == 1
 
 
+def test_a_write_that_the_kernel_refuses_half_way(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1, "payload": torch.zeros(50_000)})
+    good = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*: File too large; what was there before is untouched"):
+            save_checkpoint(path, {"step": 2, "payload": torch.zeros(500_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == good
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 def test_a_really_full_disk(photos, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
     if mounted.returncode != 0:
-        pytest.skip(f"no right to mount a small disk here; the injected error covers it ({mounted.stderr.strip()})")
+        pytest.skip(f"no right to mount a small disk here; the two tests above cover it ({mounted.stderr.strip()})")
     try:
         session = new_session(photos, disk)
         save_checkpoint(session.checkpoint, {"step": 1, "payload": torch.zeros(50_000)})

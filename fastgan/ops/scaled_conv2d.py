@@ -229,6 +229,8 @@ def _conv_setup(ctx, inputs, output) -> None:
     ctx.geometry, ctx.act = Geometry(*settings[:6]), Activated(*settings[6:10])
     ctx.residual_gain, ctx.save_conv, ctx.has_residual = settings[10], settings[11], residual is not None
     y, c = output
+    if not ctx.save_conv:
+        ctx.mark_non_differentiable(c)
     ctx.set_materialize_grads(False)
     saved_y = None if ctx.act.act == "linear" and ctx.act.clamp is None else y
     if not ctx.act.known_from_output(ctx.has_residual):

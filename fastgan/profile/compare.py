@@ -76,7 +76,7 @@ def compare(
         ValueError: they do not return tensors of the same shapes.
 
     Example:
-        >>> print(fastgan.profile.compare(nn.Conv2d(64, 64, 3), my_layer, [torch.randn(1, 64, 32, 32)]))
+        >>> print(compare(nn.Conv2d(64, 64, 3), my_layer, [torch.randn(1, 64, 32, 32)]))
     """
     kwargs = dict(example_kwargs or {})
     parity = check_parity(original, fused, example_args, kwargs, backward=backward)
