@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What two ways of rounding the same float64 value to a dtype may differ by, relative to the largest element: 2 units in the last place.
+# What two ways of rounding the same float64 value to a dtype may differ by, relative to the largest element: 2 units in
+# the last place.
 FLOORS = {torch.float64: 4e-15, torch.float32: 3e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 

@@ -1,8 +1,10 @@
-// Feature matching: the weighted mean of |fake - real| or (fake - real)^2 over lists of maps, its gradient, and the gradient of that.
+// Feature matching: the weighted mean of |fake - real| or (fake - real)^2 over lists of maps, its gradient, and the
+// gradient of that.
 //
-// The gradient of l1 needs only the sign of every difference. The forward pass, which reads both sides once, keeps it in two bits, so
-// that the backward pass reads 1/16 of one side and writes the gradient. Signs are in blocks of 256 values: bits 2k and 2k + 1 of
-// word j belong to value 16 k + j, so that packing and unpacking never cross the lanes of a vector.
+// The gradient of l1 needs only the sign of every difference. The forward pass, which reads both sides once, keeps it
+// in two bits, so that the backward pass reads 1/16 of one side and writes the gradient. Signs are in blocks of 256
+// values: bits 2k and 2k + 1 of word j belong to value 16 k + j, so that packing and unpacking never cross the lanes of
+// a vector.
 
 #include "tile.h"
 
@@ -136,20 +138,20 @@ FASTGAN_INLINE C dot_tile(const C* x, const C* y, int64_t count) {
   return sum;
 }
 
-#define FASTGAN_CLONES(C)                                                                                            \
-  FASTGAN_MULTIVERSION C l1_clone(const C* f, const C* r, const C* w, int64_t n, int32_t* words) {                  \
-    return l1_tile(f, r, w, n, words);                                                                               \
-  }                                                                                                                  \
-  FASTGAN_MULTIVERSION C l2_clone(const C* f, const C* r, const C* w, int64_t n) { return l2_tile(f, r, w, n); }     \
-  FASTGAN_MULTIVERSION void unpack_clone(const int32_t* words, int64_t n, C factor, C* slope) {                      \
-    unpack_tile(words, n, factor, slope);                                                                            \
-  }                                                                                                                  \
-  FASTGAN_MULTIVERSION void l2_slope_clone(const C* f, const C* r, int64_t n, C factor, C* slope) {                  \
-    l2_slope_tile(f, r, n, factor, slope);                                                                           \
-  }                                                                                                                  \
-  FASTGAN_MULTIVERSION void multiply_clone(C factor, const C* x, const C* y, int64_t n, C* target) {                 \
-    multiply_tile(factor, x, y, n, target);                                                                          \
-  }                                                                                                                  \
+#define FASTGAN_CLONES(C)                                                                                        \
+  FASTGAN_MULTIVERSION C l1_clone(const C* f, const C* r, const C* w, int64_t n, int32_t* words) {               \
+    return l1_tile(f, r, w, n, words);                                                                           \
+  }                                                                                                              \
+  FASTGAN_MULTIVERSION C l2_clone(const C* f, const C* r, const C* w, int64_t n) { return l2_tile(f, r, w, n); } \
+  FASTGAN_MULTIVERSION void unpack_clone(const int32_t* words, int64_t n, C factor, C* slope) {                  \
+    unpack_tile(words, n, factor, slope);                                                                        \
+  }                                                                                                              \
+  FASTGAN_MULTIVERSION void l2_slope_clone(const C* f, const C* r, int64_t n, C factor, C* slope) {              \
+    l2_slope_tile(f, r, n, factor, slope);                                                                       \
+  }                                                                                                              \
+  FASTGAN_MULTIVERSION void multiply_clone(C factor, const C* x, const C* y, int64_t n, C* target) {             \
+    multiply_tile(factor, x, y, n, target);                                                                      \
+  }                                                                                                              \
   FASTGAN_MULTIVERSION C dot_clone(const C* x, const C* y, int64_t n) { return dot_tile(x, y, n); }
 FASTGAN_CLONES(float)
 FASTGAN_CLONES(double)
@@ -176,7 +178,8 @@ Setting checked(const Maps& fake, const Maps& real, const Maps& masks, const std
                   "feature_matching_loss: fake, real and masks must have the same number of maps");
   for (size_t m = 0; m < fake.size(); ++m) {
     check_dense("feature_matching_loss", "every map", fake[m]);
-    STD_TORCH_CHECK(same_order(fake[m], real[m]), "feature_matching_loss: both sides of a map must have one memory order");
+    STD_TORCH_CHECK(same_order(fake[m], real[m]),
+                    "feature_matching_loss: both sides of a map must have one memory order");
   }
   return {fake, real, masks, kind == "l1", want_fake, want_real};
 }

@@ -1,4 +1,5 @@
-// Adversarial losses over patch maps: value, hits and slopes in one pass, the gradient from the slopes, and the gradient of that.
+// Adversarial losses over patch maps: value, hits and slopes in one pass, the gradient from the slopes, and the
+// gradient of that.
 //
 // Each element contributes scale * f(x) to the loss, with one of four functions f and a constant called its anchor:
 //   bce     softplus(x) - anchor * x     the anchor is the label
@@ -16,17 +17,10 @@ namespace {
 enum class Form { kBce, kSquare, kLinear, kHinge };
 
 Form parse_form(const std::string& name) {
-  if (name == "bce") {
-    return Form::kBce;
-  }
-  if (name == "square") {
-    return Form::kSquare;
-  }
-  if (name == "linear") {
-    return Form::kLinear;
-  }
-  STD_TORCH_CHECK(name == "hinge", "patch_loss: form must be bce, square, linear or hinge, got ", name);
-  return Form::kHinge;
+  const std::string names[] = {"bce", "square", "linear", "hinge"};
+  const auto* found = std::find(std::begin(names), std::end(names), name);
+  STD_TORCH_CHECK(found != std::end(names), "patch_loss: form must be bce, square, linear or hinge, got ", name);
+  return static_cast<Form>(found - std::begin(names));
 }
 
 // f and f' at x. Selects keep a NaN: a comparison with it is false, and the false branch passes it on.
@@ -72,7 +66,8 @@ struct TileResult {
 };
 
 template <Form F, typename C>
-FASTGAN_INLINE TileResult<C> forward_tile(const C* __restrict__ x, int64_t count, C anchor, C cut, C* __restrict__ slopes) {
+FASTGAN_INLINE TileResult<C> forward_tile(const C* __restrict__ x, int64_t count, C anchor, C cut,
+                                          C* __restrict__ slopes) {
   C sum = 0;
   int32_t above = 0, below = 0;
   if (slopes != nullptr) {
@@ -138,8 +133,8 @@ FASTGAN_INLINE C curvature_tile_any(Form form, const C* x, const C* cotangent, c
   }
 }
 
-FASTGAN_MULTIVERSION TileResult<float> forward_tile_clone(Form form, const float* x, int64_t count, float anchor, float cut,
-                                                          float* slopes) {
+FASTGAN_MULTIVERSION TileResult<float> forward_tile_clone(Form form, const float* x, int64_t count, float anchor,
+                                                          float cut, float* slopes) {
   return forward_tile_any(form, x, count, anchor, cut, slopes);
 }
 FASTGAN_MULTIVERSION TileResult<double> forward_tile_clone(Form form, const double* x, int64_t count, double anchor,
@@ -150,8 +145,8 @@ FASTGAN_MULTIVERSION float curvature_tile_clone(Form form, const float* x, const
                                                 int64_t count, float factor, float* result) {
   return curvature_tile_any(form, x, cotangent, slopes, count, factor, result);
 }
-FASTGAN_MULTIVERSION double curvature_tile_clone(Form form, const double* x, const double* cotangent, const double* slopes,
-                                                 int64_t count, double factor, double* result) {
+FASTGAN_MULTIVERSION double curvature_tile_clone(Form form, const double* x, const double* cotangent,
+                                                 const double* slopes, int64_t count, double factor, double* result) {
   return curvature_tile_any(form, x, cotangent, slopes, count, factor, result);
 }
 
@@ -296,7 +291,8 @@ std::vector<RunResult> forward_runs(const Setting& setting, const Plan& plan, Fo
     for_tiles(run.count, [&](int64_t start, int64_t count) {
       const C* x = load_logits<T>(setting, run, start, count, buffer, second);
       C* slope = run.slope_start < 0 ? nullptr : slopes + run.slope_start + start;
-      const auto tile = forward_tile_clone(form, x, count, static_cast<C>(anchors[run.fake]), static_cast<C>(cut), slope);
+      const auto tile =
+          forward_tile_clone(form, x, count, static_cast<C>(anchors[run.fake]), static_cast<C>(cut), slope);
       total.sum += tile.sum;
       total.above += tile.above;
       total.below += tile.below;
@@ -310,7 +306,8 @@ std::vector<RunResult> forward_runs(const Setting& setting, const Plan& plan, Fo
 void write_accuracy(const Maps& maps, const std::vector<int64_t>& hits, Tensor& target) {
   float* out = target.mutable_data_ptr<float>();
   for (size_t m = 0; m < maps.size(); ++m) {
-    out[m] = static_cast<float>(static_cast<double>(hits[m]) / static_cast<double>(std::max<int64_t>(1, maps[m].numel())));
+    out[m] =
+        static_cast<float>(static_cast<double>(hits[m]) / static_cast<double>(std::max<int64_t>(1, maps[m].numel())));
   }
 }
 
@@ -349,7 +346,8 @@ ForwardResult patch_loss(const Maps& real, const Maps& fake, const std::optional
 
 Maps empty_gradients(const Setting& setting) {
   Maps gradients;
-  for (const auto& [maps, wanted] : {std::pair{&setting.real, setting.real_slopes}, {&setting.fake, setting.fake_slopes}}) {
+  for (const auto& [maps, wanted] :
+       {std::pair{&setting.real, setting.real_slopes}, {&setting.fake, setting.fake_slopes}}) {
     for (size_t m = 0; wanted && m < maps->size(); ++m) {
       gradients.push_back(empty_dense_like((*maps)[m]));
     }
@@ -419,7 +417,8 @@ const accumulate_t<T>* load_cotangent(const Setting& setting, const Run& run, co
     if (index < 0) {
       return;
     }
-    const auto* v = as_compute(cotangents[index].const_data_ptr<T>() + run.start + start, count, loaded ? second : buffer);
+    const auto* v =
+        as_compute(cotangents[index].const_data_ptr<T>() + run.start + start, count, loaded ? second : buffer);
     if (loaded != nullptr) {
       combine(1, loaded, static_cast<accumulate_t<T>>(sign), v, count, buffer);
       loaded = buffer;
@@ -458,8 +457,9 @@ double second_order_run(const Setting& setting, const Run& run, const Maps& cota
 
 // The gradient of grad_loss, then those of the wanted maps, for cotangents of patch_loss_bwd's results.
 Maps patch_loss_bwd_bwd(const Maps& cotangents, const Tensor& grad_loss, const Tensor& slopes, const Maps& real,
-                        const Maps& fake, const std::optional<Tensor>& sample_weight, const std::vector<double>& map_scale,
-                        const std::string& form, bool paired, bool real_slopes, bool fake_slopes) {
+                        const Maps& fake, const std::optional<Tensor>& sample_weight,
+                        const std::vector<double>& map_scale, const std::string& form, bool paired, bool real_slopes,
+                        bool fake_slopes) {
   const Setting setting{real, fake, sample_weight, map_scale, paired, real_slopes, fake_slopes};
   check_maps(setting);
   Maps gradients = empty_gradients(setting);
@@ -475,8 +475,7 @@ Maps patch_loss_bwd_bwd(const Maps& cotangents, const Tensor& grad_loss, const T
     const double g = *grad_loss.const_data_ptr<C>();
     std::vector<double> sums(plan.runs.size());
     for_runs(plan, [&](int64_t i, const Run& run) {
-      sums[i] =
-          second_order_run<T>(setting, run, ordered, slopes.const_data_ptr<C>(), parse_form(form), g, gradients);
+      sums[i] = second_order_run<T>(setting, run, ordered, slopes.const_data_ptr<C>(), parse_form(form), g, gradients);
     });
     double total = 0;
     for (const double sum : sums) {

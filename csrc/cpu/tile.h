@@ -11,8 +11,8 @@
 
 namespace fastgan {
 
-// Elements whose sum stays in the compute type before it goes to a double: a vector register's lane adds at most 64 of them in
-// float, so its rounding stays below that of the elements. Four such buffers fit the first-level cache.
+// Elements whose sum stays in the compute type before it goes to a double: a vector register's lane adds at most 64 of
+// them in float, so its rounding stays below that of the elements. Four such buffers fit the first-level cache.
 constexpr int64_t kTile = 512;
 
 // Elements of one task. Fixed: sums are formed per task and then added in order, whatever the number of threads.
@@ -54,8 +54,8 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
   return (a.is_contiguous() && b.is_contiguous()) || (is_channels_last(a) && is_channels_last(b));
 }
 
-// Uninitialised, contiguous, on the CPU. torch::stable::empty looks its op up by name and boxes every argument: 2 us where this takes
-// 0.5, and a loss over small maps makes ten tensors.
+// Uninitialised, contiguous, on the CPU. torch::stable::empty looks its op up by name and boxes every argument: 2 us
+// where this takes 0.5, and a loss over small maps makes ten tensors.
 inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),

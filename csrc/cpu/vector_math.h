@@ -62,8 +62,8 @@ FASTGAN_INLINE float vexp_nonpositive(float x) {
   return x < -87.33f ? 0.0f : scaled;
 }
 
-// log1p(x) for x in [0, 1], within 2 ulp: 2 atanh(s) = 2 s (1 + s^2 P(s^2)) with s = x / (2 + x) <= 1/3, where nothing cancels.
-// P is the Chebyshev fit of degree 4 to (atanh(s) / s - 1) / s^2.
+// log1p(x) for x in [0, 1], within 2 ulp: 2 atanh(s) = 2 s (1 + s^2 P(s^2)) with s = x / (2 + x) <= 1/3, where nothing
+// cancels. P is the Chebyshev fit of degree 4 to (atanh(s) / s - 1) / s^2.
 FASTGAN_INLINE float vlog1p_unit(float x) {
   const float s = x / (2.0f + x);
   const float z = s * s;

@@ -15,13 +15,13 @@ Logits = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]] | None
 class PatchGANLoss(nn.Module):
     """The adversarial loss between a critic and a generator; :func:`fastgan.ops.patch_loss` has the formulas.
 
-    It has no parameters and no state, and takes the place of pix2pix's and pix2pixHD's GANLoss: one call scores real and fake
-    together, and there is no factor ½ (their trainers multiply the critic's loss by 0.5 themselves).
+    It has no parameters and no state, and takes the place of pix2pix's and pix2pixHD's GANLoss: one call scores real
+    and fake together, and there is no factor ½ (their trainers multiply the critic's loss by 0.5 themselves).
 
     Args:
         mode: "vanilla", "lsgan", "wgan" or "hinge".
-        over_maps: "mean" or "sum" over the maps of a multi-scale critic; None is what the common pix2pixHD-style code does:
-            "mean" for hinge, "sum" for the others.
+        over_maps: "mean" or "sum" over the maps of a multi-scale critic; None is what the common pix2pixHD-style code
+            does: "mean" for hinge, "sum" for the others.
         real_target, fake_target: labels of vanilla, targets of lsgan.
         map_weight: one float per map, or None for ones.
         paired: relativistic pairing by index.
@@ -71,7 +71,7 @@ class PatchGANLoss(nn.Module):
         """Score a critic's answers.
 
         Args:
-            real_logits, fake_logits: a map [N, ...], a list of maps, or what a multi-scale critic with intermediate features
+            real_logits, fake_logits: a map [N, ...], a list of maps, or what a critic with intermediate features
                 returns: a list (scales) of lists (layers), of which the last of each is the logits. None as in the op.
             side: "critic" or "generator".
             sample_weight: [N], a factor on each sample's terms, constant.

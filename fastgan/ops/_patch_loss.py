@@ -1,11 +1,13 @@
 """The registered ops behind patch_loss: the loss, its gradient, and the gradient of that.
 
-All three know four functions f of a logit, each with a constant called its anchor (csrc/cpu/patch_loss.cpp has the same list):
+All three know four functions f of a logit, each with a constant called its anchor (as csrc/cpu/patch_loss.cpp does):
 
-    bce     softplus(x) - anchor · x      square  (x - anchor)²      linear  anchor · x      hinge  max(0, 1 + anchor · x)
+    bce     softplus(x) - anchor · x        square  (x - anchor)²
+    linear  anchor · x                      hinge   max(0, 1 + anchor · x)
 
-The loss op saves the slopes f'(x) of the sides that want gradients, unscaled and in the dtype of accumulation, in one tensor;
-the gradient op multiplies them by scale · sample_weight / elements · grad_loss. So half gradients are rounded once.
+The loss op saves the slopes f'(x) of the sides that want gradients, unscaled and in the dtype of accumulation, in one
+tensor; the gradient op multiplies them by scale · sample_weight / elements · grad_loss. So half gradients are rounded
+once.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def _factor(x: Tensor, i: int, scale: list[float], sample_weight: Tensor | None)
 def _wanted(
     real: list[Tensor], fake: list[Tensor], paired: bool, real_slopes: bool, fake_slopes: bool
 ) -> list[tuple[Tensor, int, float]]:
-    """For each wanted gradient its map, the entry of _logits that it comes from, and the sign of the map in that entry."""
+    """For each wanted gradient: its map, the entry of _logits that it comes from, the map's sign in that entry."""
     wanted = [(x, i, 1.0) for i, x in enumerate(real)] if real_slopes else []
     if fake_slopes:
         offset = 0 if paired else len(real)
@@ -70,7 +72,7 @@ def _wanted(
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
-    """[elements], in the order in which ``x`` lies in memory: the slopes of a channels_last map are stored channels last."""
+    """[elements], in the order of memory: the slopes of a channels_last map are stored channels last."""
     return x.permute(0, 2, 3, 1).reshape(-1) if _last(x) else x.reshape(-1)
 
 
@@ -215,8 +217,9 @@ def _bwd_bwd_fake(cotangents: list[Tensor], grad_loss: Tensor, slopes: Tensor, *
 
 _forward = _library.define(
     "patch_loss",
-    "(Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, float real_anchor, float fake_anchor, "
-    "float cut, bool paired, bool real_slopes, bool fake_slopes) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, float real_anchor,"
+    " float fake_anchor, float cut, bool paired, bool real_slopes, bool fake_slopes)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward_plain,
     fake=_forward_fake,
 )

@@ -34,7 +34,8 @@ def feature_matching_loss(
         loss = Σ_m map_weight_m · Σ_i mask_m[i] · ρ(fake_m[i] - real_m[i]) / Σ_i mask_m[i],   ρ(d) = |d| or d²
 
     Without a mask the mean is over all elements. The forward pass reads both sides once; for l1 it keeps the signs of
-    the differences in two bits each, from which the backward pass writes the gradient without reading either side again.
+    the differences in two bits each, from which the backward pass writes the gradient without reading either side
+    again.
 
     Args:
         fake, real: features, a tensor or a list of tensors [N, C, ...]; the same shapes on both sides, one dtype
@@ -52,9 +53,9 @@ def feature_matching_loss(
     Raises:
         TypeError, ValueError: for arguments of another kind; names the argument, what it must be and what it is.
 
-    Gradients: 1st and 2nd order for fake and real (l1: the second is zero, and where both are equal so is the first); a third
-    order raises (``backend="reference"`` has all orders). Sums accumulate in float32 per 512 elements, then in float64;
-    results do not depend on the number of threads.
+    Gradients: 1st and 2nd order for fake and real (l1: the second is zero, and where both are equal so is the first); a
+    third order raises (``backend="reference"`` has all orders). Sums accumulate in float32 per 512 elements, then in
+    float64; results do not depend on the number of threads.
 
     Source: Salimans et al. 2016, section 3.1; Wang et al. 2018, pix2pixHD, eq. 4.
     """
@@ -164,7 +165,7 @@ def _wide(maps: list[Tensor]) -> list[Tensor]:
 
 
 def _pack(difference: Tensor) -> Tensor:
-    """The signs of ``difference`` in the kernel's format: of 256 values, bits 2k and 2k + 1 of word j belong to value 16 k + j."""
+    """Signs as the kernel packs them: of 256 values, bits 2k and 2k + 1 of word j belong to value 16 k + j."""
     flat = difference.permute(0, 2, 3, 1).reshape(-1) if _last(difference) else difference.reshape(-1)
     code = (~(flat <= 0)).int() + 2 * (~(flat >= 0)).int()
     code = torch.nn.functional.pad(code, (0, -code.numel() % _SIGN_BLOCK)).view(-1, 16, _SIGN_WORDS)
@@ -283,16 +284,14 @@ def _bwd_bwd_fake(cotangents: list[Tensor], grad_loss: Tensor, *rest: Any) -> li
 def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     fake, real, masks, _, kind, _ = inputs
     _, signs, factors = output
-    ctx.mark_non_differentiable(signs, factors)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(signs, factors, *fake, *real, *masks)
     ctx.kind, ctx.maps = kind, len(fake)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple:
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple:
     fake_needs, real_needs = ctx.needs_input_grad[:2]
     want_fake, want_real = any(fake_needs), any(real_needs)
-    if grad_loss is None or not (want_fake or want_real):
+    if not (want_fake or want_real):
         return (None,) * 6
     signs, factors, *tensors = ctx.saved_tensors
     n = ctx.maps

@@ -21,8 +21,10 @@ class PatchLoss(NamedTuple):
 
     Attributes:
         loss: 0-dim, float32 (float64 for float64 maps).
-        real_accuracy: [maps] float32, the fraction of real logits that the critic judges real; None where no real maps count.
-        fake_accuracy: [maps] float32, the fraction of fake logits that the critic judges fake; None where no fake maps count.
+        real_accuracy: [maps] float32, the fraction of real logits that the critic judges real; None where no real maps
+            count.
+        fake_accuracy: [maps] float32, the fraction of fake logits that the critic judges fake; None where no fake maps
+            count.
     """
 
     loss: Tensor
@@ -63,37 +65,41 @@ def patch_loss(
     hinge      max(0, 1 - x), max(0, 1 + x)                -x                             max(0, 1 - d)
     =========  ==========================================  =============================  =======================
 
-    BCE(x, t) = softplus(x) - t·x is binary cross entropy with logits. ``paired`` compares the samples of one index: d = real -
-    fake for the critic, fake - real for the generator; with mode="vanilla" that is R3GAN's mean softplus(-d). Means divide by
-    the number of elements, also where ``sample_weight`` is given. An element at hinge's corner has the gradient 0.
+    BCE(x, t) = softplus(x) - t·x is binary cross entropy with logits. ``paired`` compares the samples of one index:
+    d = real - fake for the critic, fake - real for the generator; with mode="vanilla" that is R3GAN's loss.
+    Means divide by the number of elements, also where ``sample_weight`` is given. An element at hinge's corner has the
+    gradient 0.
 
     Args:
-        real, fake: logits, a tensor or a list of tensors (one per map: scales, or critics), each [N, ...] with at least one
-            element per sample; float32, float64, bfloat16 or float16, all of one dtype and device. The critic takes either or
-            both; the generator needs ``fake`` and ignores ``real`` unless ``paired``. Two lists have the same number of maps;
-            paired maps have the same shapes. Contiguous and channels_last maps are read in place, others are copied first.
+        real, fake: logits, a tensor or a list of tensors (one per map: scales, or critics), each [N, ...] with at least
+            one element per sample; float32, float64, bfloat16 or float16, all of one dtype and device. The critic takes
+            either or both; the generator needs ``fake`` and ignores ``real`` unless ``paired``. Two lists have the same
+            number of maps; paired maps have the same shapes. Contiguous and channels_last maps are read in place,
+            others are copied first.
         mode: "vanilla", "lsgan", "wgan" or "hinge".
         side: "critic" or "generator".
         over_maps: "mean" or "sum". The common pix2pixHD-style code sums vanilla and lsgan, and averages hinge.
-        real_target, fake_target: labels of vanilla (a probability, 0.9 smooths) and targets of lsgan; others ignore them.
+        real_target, fake_target: labels of vanilla (a probability, 0.9 smooths) and targets of lsgan; others ignore
+            them.
         sample_weight: [N], a factor on each sample's terms, constant; for example w(t) of a critic over time.
-        map_weight: [maps], a factor on each map's terms, constant; floats, or a tensor (reading one waits for its device).
+        map_weight: [maps], a factor on each map's terms, constant; floats, or a tensor (reading one waits for its
+            device).
         paired: compare real and fake by index (relativistic).
         backend: "cpp" or "reference"; None chooses.
 
     Returns:
         :class:`PatchLoss`. Accuracies are the critic's on either side, and not differentiable: real is right above the
-        threshold, fake is right at or below it. The threshold is 0, for lsgan midway between its targets (0.5). Of a pairing,
-        right is real > fake, for both. A NaN is never right. An empty map (N = 0) has the loss 0 and the accuracies 0.
+        threshold, fake is right at or below it. The threshold is 0, for lsgan midway between its targets (0.5). Of a
+        pairing, right is real > fake, for both. A NaN is never right. An empty map (N = 0) has loss and accuracies 0.
 
     Raises:
         TypeError, ValueError: for arguments of another kind; names the argument, what it must be and what it is.
 
-    Gradients: 1st and 2nd order for real and fake; a third order raises (``backend="reference"`` has all orders). Half types
-    are computed in float32, and their gradients rounded once, after the loss's own gradient is multiplied in.
+    Gradients: 1st and 2nd order for real and fake; a third order raises (``backend="reference"`` has all orders). Half
+    types are computed in float32, and their gradients rounded once, after the loss's own gradient is multiplied in.
 
-    Source: Goodfellow et al. 2014 (vanilla, non-saturating); Mao et al. 2017 eq. 2 (lsgan, without ½); Arjovsky et al. 2017
-    (wgan); Lim and Ye 2017 (hinge); Jolicoeur-Martineau 2018 and Huang et al. 2024, R3GAN, eq. 2 (paired).
+    Source: Goodfellow et al. 2014 (vanilla, non-saturating); Mao et al. 2017 eq. 2 (lsgan, without ½); Arjovsky et al.
+    2017 (wgan); Lim and Ye 2017 (hinge); Jolicoeur-Martineau 2018 and Huang et al. 2024, R3GAN, eq. 2 (paired).
     """
     if mode not in MODES or side not in SIDES or over_maps not in ("mean", "sum"):
         _check.one_of("patch_loss", "mode", mode, MODES)

@@ -1,8 +1,8 @@
-"""The one harness that measures time: candidates interleaved in one process, medians with spread, beside measured limits.
+"""The one harness that measures time: candidates interleaved in one process, medians beside measured limits.
 
-A shared machine changes speed from second to second. So every round runs each candidate once, in rotating order, and a ratio is
-the median of the rounds' ratios: what slows a whole round cancels. Times are seconds of wall clock (on CUDA of the device,
-between events), work is bytes and floating-point operations.
+A shared machine changes speed from second to second. So every round runs each candidate once, in rotating order, and a
+ratio is the median of the rounds' ratios: what slows a whole round cancels. Times are seconds of wall clock (on CUDA of
+the device, between events), work is bytes and floating-point operations.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def measure(
         rounds: exactly this many rounds instead.
         min_rounds: at least this many, whatever ``seconds`` says.
         warmup: calls of each candidate before the first round; they also decide how many calls make a sample.
-        device: where the candidates work. On CUDA a sample is the time between two events around its calls, and the device is
-            waited for.
+        device: where the candidates work. On CUDA a sample is the time between two events around its calls, and the
+            device is waited for.
 
     Returns:
         name -> :class:`Timing`, in the order given.
@@ -146,8 +146,9 @@ def passes(
         double: also the double backward; its first gradient must depend on the inputs.
 
     Returns:
-        "fwd": without recording gradients. "bwd": the gradients from a graph recorded once. "fwd+bwd": both, recording. "double
-        bwd": forward, gradients with a graph, and the gradients of their squared norm, as a gradient penalty does.
+        "fwd": without recording gradients. "bwd": the gradients from a graph recorded once. "fwd+bwd": both, recording.
+        "double bwd": forward, gradients with a graph, and the gradients of their squared norm, as a gradient penalty
+        does.
     """
     flat = [x for value in inputs for x in (value if isinstance(value, (list, tuple)) else [value])]
     wanted = [x for x in flat if isinstance(x, Tensor) and x.requires_grad]
@@ -206,7 +207,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device reaches: reading memory, bytes per second, and multiplying float32 matrices, operations per second."""
+    """What the device reaches: bytes read per second, and operations per second of a float32 matrix product."""
 
     read_bytes: float
     sgemm_flops: float
@@ -216,8 +217,8 @@ class Limits:
 def machine_limits(device: str = "cpu") -> Limits:
     """Measure :class:`Limits` of ``device`` with torch's own sum and matmul on all threads; once per process.
 
-    The best of several runs: a limit is what the device can do when nothing disturbs it. Reading is a float32 sum over 256 MiB,
-    many times a last-level cache; the product is 2048 x 2048 x 2048.
+    The best of several runs: a limit is what the device can do when nothing disturbs it. Reading is a float32 sum over
+    256 MiB, many times a last-level cache; the product is 2048 x 2048 x 2048.
     """
     size, side = 1 << 26, 2048
     clock = _cuda_clock if torch.device(device).type == "cuda" else _wall_clock
@@ -232,7 +233,7 @@ def machine_limits(device: str = "cpu") -> Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must at least do: bytes read and written once, floating-point operations. Counted by hand, per case."""
+    """What a call must at least do: bytes moved once, floating-point operations. Counted by hand, per case."""
 
     bytes: float = 0.0
     flops: float = 0.0
@@ -243,7 +244,7 @@ class Work:
 
 
 def throughput(timing: Timing, work: Work, limits: Limits) -> dict[str, float]:
-    """GB/s and GFLOP/s at the median (0 where the work has none), and the roofline's share of the time, at most about 1."""
+    """GB/s and GFLOP/s at the median (0 where there are none), the roofline's share of the time (at most about 1)."""
     return {
         "gb_per_s": work.bytes / timing.median / 1e9,
         "gflop_per_s": work.flops / timing.median / 1e9,
