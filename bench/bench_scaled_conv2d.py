@@ -1,4 +1,4 @@
-"""scaled_conv2d against the sequence that people write, on the layers of U-Net-256, of the PatchGAN critic and of StyleGAN2.
+"""scaled_conv2d against the sequence that people write: layers of U-Net-256, of the PatchGAN critic and of StyleGAN2.
 
 Batch norm is folded in the U-Net's rows (scale and shift per channel), as in evaluation; the critic's layers carry 1/σ.
 """

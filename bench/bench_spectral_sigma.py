@@ -1,8 +1,8 @@
-"""σ of a network's layers in one power iteration: torch's parametrisation against spectral_sigma, beside one plain read.
+"""σ of a network's layers in one power iteration: torch's parametrisation, spectral_sigma, and one plain read.
 
-torch's candidate is what its layers do at one access of ``.weight`` in training: two products for u and v, one for σ, W/σ.
-Ours leaves W/σ out, since 1/σ is a scale behind the convolution. The candidate ``read`` sums the weights: what touching
-them once costs.
+torch's candidate is what its layers do at one access of ``.weight`` in training: two products for u and v, one for σ,
+W/σ. Ours leaves W/σ out, since 1/σ is a scale behind the convolution. The candidate ``read`` sums the weights: what
+touching them once costs.
 """
 
 from __future__ import annotations
