@@ -60,7 +60,7 @@ def value_and_gradients(function, fake, real) -> list[Tensor]:
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "masked"), itertools.product(KINDS, (False, True)))
+@pytest.mark.parametrize(("kind", "masked"), list(itertools.product(KINDS, (False, True))))
 def test_value_and_gradient_against_float64(kind, masked, dtype):
     weights, masks = [1.0, 0.5, 2.0], make_masks(2) if masked else None
     options = {"kind": kind, "map_weight": weights, "mask": masks}
@@ -97,7 +97,7 @@ def kernel(request):
 
 
 @needs_cpp
-@pytest.mark.parametrize(("kind", "masked"), itertools.product(KINDS, (False, True)))
+@pytest.mark.parametrize(("kind", "masked"), list(itertools.product(KINDS, (False, True))))
 def test_gradcheck_and_gradgradcheck(kind, masked, kernel):
     shapes = [(2, 2, 3, 2), (2, 1, 1, 2)]
     fake, real = (leaves(make_maps(seed, torch.float64, shapes)) for seed in (3, 4))
@@ -126,7 +126,7 @@ def test_third_order_raises_and_names_the_reference(kind):
 
 
 @needs_cpp
-@pytest.mark.parametrize(("kind", "masked"), itertools.product(KINDS, (False, True)))
+@pytest.mark.parametrize(("kind", "masked"), list(itertools.product(KINDS, (False, True))))
 def test_opcheck(kind, masked):
     fake, real = leaves(make_maps(8)), leaves(make_maps(9))
     masks = make_masks(10) if masked else []

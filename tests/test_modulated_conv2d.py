@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,17 +13,10 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastgan
 from fastgan import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 UNEVEN = torch.tensor([[1.0, 2.0, 0.5], [0.0, 1.0, 3.0]]) / 7.5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The maps are a few pixels wide: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def per_sample(x: Tensor, weight: Tensor, style: Tensor, convolve, *, demodulate: bool, eps: float) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastgan.models import PatchGAN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class PlainPatchGAN(nn.Module):
@@ -56,15 +57,6 @@ def pair(
     image = torch.randn(2, 4, 48, 48, dtype=dtype)
     fused(image), plain(image)
     return fused, plain
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The maps are a few pixels wide: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from fastgan import ops
 from fastgan.models import UNetGenerator
 from fastgan.models._layers import ConvAct
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class PlainBlock(nn.Module):
@@ -66,15 +67,6 @@ def pair(norm: str, *, size: int = 32, width: int = 6, dropout: bool = False) ->
             parameter.mul_(4).add_(torch.randn_like(parameter), alpha=0.02)
     plain.load_state_dict(fused.state_dict(), strict=True)
     return fused, plain
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The maps are a few pixels wide: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
