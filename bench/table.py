@@ -1,4 +1,6 @@
-"""``python -m bench.table [README.md]``: the recorded rows as a Markdown table, into a file between its markers.
+"""``python -m bench.table [--brief] [README.md]``: the recorded rows as Markdown, into a file between its markers.
+
+``--brief`` has one line per case and candidate, forward and forward + backward, and leaves out the spread.
 
 Of every op, case, pass and candidate the newest row of a device counts; slow cases are in it like fast ones.
 """
@@ -26,16 +28,50 @@ def newest_rows(path: Path) -> dict[tuple[str, str, str], dict[str, dict[str, An
     return found
 
 
-def device_table(path: Path) -> str:
-    """One device's table, with where its numbers come from above it."""
-    rows = newest_rows(path)
+def heading(rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]]) -> str:
+    """Where a device's numbers come from."""
     last = next(reversed(rows.values()))[BASELINE]
     commits = ", ".join(sorted({str(row["commit"]) for by in rows.values() for row in by.values()}))
-    lines = [
+    return (
         f"**{last['device']}, {last['threads']} threads** ({last['cpp']}), torch {last['torch']}, {last['date'][:10]}, "
         f"commit {commits}. Median (p20–p80) of interleaved rounds; speed-up is the median of the rounds' ratios. "
         f"Measured limits: {last['limits']['read_bytes'] / 1e9:.1f} GB/s read, "
-        f"{last['limits']['sgemm_flops'] / 1e9:.0f} GFLOP/s sgemm.",
+        f"{last['limits']['sgemm_flops'] / 1e9:.0f} GFLOP/s sgemm."
+    )
+
+
+def brief_table(path: Path) -> str:
+    """One device's speed-ups, a line per case and candidate."""
+    rows = newest_rows(path)
+    lines = [
+        heading(rows),
+        "",
+        "| op | case | candidate | eager → candidate, ms: forward | speed-up | forward + backward | speed-up |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for op, case in dict.fromkeys((op, case) for op, case, _ in rows):
+        passes = {which: rows.get((op, case, which), {}) for which in ("fwd", "fwd+bwd")}
+        for name in passes["fwd"]:
+            if name == BASELINE:
+                continue
+            cells = [f"`{op}`", case, name]
+            for by_candidate in passes.values():
+                eager, row = by_candidate.get(BASELINE), by_candidate.get(name)
+                found = eager is not None and row is not None
+                cells += (
+                    [f"{eager['median_ms']:.2f} → {row['median_ms']:.2f}", f"{row['speedup']:.2f}×"]
+                    if found
+                    else ["", ""]
+                )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def device_table(path: Path) -> str:
+    """One device's table, with where its numbers come from above it."""
+    rows = newest_rows(path)
+    lines = [
+        heading(rows),
         "",
         "| op | case | pass | eager, ms | candidate | ms | speed-up | GB/s | of the roofline |",
         "|---|---|---|---:|---|---:|---:|---:|---:|",
@@ -58,11 +94,12 @@ def _spread(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, help=f"a file with {BEGIN} and {END}; none prints the table")
+    parser.add_argument("--brief", action="store_true", help="a line per case, without backward alone and spread")
     args = parser.parse_args()
     paths = sorted(RESULTS.glob("*.jsonl"))
     if not paths:
         sys.exit(f"bench.table: no rows in {RESULTS}: run python -m bench.record first")
-    table = "\n\n".join(map(device_table, paths))
+    table = "\n\n".join(map(brief_table if args.brief else device_table, paths))
     if args.file is None:
         print(table)
         return
