@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -64,8 +63,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="per pass of a case, all candidates together")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager candidate")
     args = parser.parse_args()
-    # The profiler that measures memory would report its every start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     cases = [case for case in all_cases() if re.search(args.only, f"{case.op} {case.name}")]
     if not cases:
         parser.error(f"--only must match a case, got {args.only!r}")
