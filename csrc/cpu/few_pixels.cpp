@@ -17,7 +17,7 @@ namespace fastgan {
 namespace {
 
 // Above these many pixels torch's convolution is at least as fast: the weights, once read, are used often enough.
-constexpr int64_t kMaxPixels = 128;
+constexpr int64_t kMaxPixels = 32;
 // Columns of the dot products that are finished for all rows of a task before the next: 4 KB of float per row and per
 // pixel, so four rows stay in the first-level cache and all pixels in the second.
 constexpr int64_t kDotColumns = 1024;
