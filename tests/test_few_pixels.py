@@ -155,7 +155,8 @@ def test_nan_of_one_pixel_reaches_what_its_taps_reach():
 
 
 def test_what_is_left_to_torch():
-    """One pixel above the bound; half precision is widened before; a weight in channels_last; an empty batch."""
+    """One pixel above the bound, a kernel above its own, a weight in channels_last and an empty batch; but not half
+    precision, which is widened before."""
     weight = torch.randn(3, 2, 3, 3)
     at, above = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 3, 11)
     for transposed in (False, True):
@@ -166,6 +167,8 @@ def test_what_is_left_to_torch():
         last = w.contiguous(memory_format=torch.channels_last)
         assert runs_torch(at, last, padding=1, transposed=transposed)
         assert runs_torch(at[:0], w, padding=1, transposed=transposed)
+        assert not runs_torch(at, torch.randn(2, 2, 8, 8), stride=2, padding=4, transposed=transposed)
+        assert runs_torch(at, torch.randn(2, 2, 8, 9), stride=2, padding=4, transposed=transposed)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -179,11 +182,22 @@ def test_wrong_arguments_get_torchs_own_errors(transposed):
     with pytest.raises(RuntimeError, match="stride"):
         fused(x, weight, stride=0, padding=1, transposed=transposed)
     if transposed:
-        with pytest.raises(RuntimeError, match="output.padding"):
+        with pytest.raises(RuntimeError, match=r"output.padding"):
             fused(x, weight, padding=1, output_padding=1, transposed=True)
     else:
         with pytest.raises(RuntimeError, match="Kernel size"):
             fused(x, weight)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("name", ["2 to 1", "8 to 4", "1 to 2", "4 to 8"])
+def test_fake_result_has_the_same_strides(name, layout):
+    (x, weight, bias), options = make_bottleneck(name)
+    transposed = options.get("transposed", False)
+    x = layouts(x)[layout]
+    args = (x, weight, None, None, None, None, bias, None, (2, 2), (1, 1), (0, 0), (1, 1), transposed, 1)
+    op = torch.ops.fastgan.scaled_conv2d.default
+    torch.library.opcheck(op, (*args, "linear", 0.0, 1.0, None, 1.0, False), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("name", ["4x4 s1 to a logit", "transposed 3x3"])
