@@ -1,16 +1,17 @@
 // scaled_conv2d: y = clamp(gain * act(out_scale * conv(in_scale * x, w) + noise * strength + bias)) + residual_gain *
 // residual.
 //
-// The dense product goes through torch's convolution; in_scale is applied in one pass over x, everything that follows
-// in one pass over the product, block by block in the first-level cache. Half types are computed in float and rounded
-// once, at the end: an unscaled product never exists in half precision. Source: Karras et al. 2020 (StyleGAN2),
-// section 2.2, for scaling activations instead of weights.
+// The dense product goes through torch's convolution, at few pixels through few_pixels.h; in_scale is applied in one
+// pass over x, everything that follows in one pass over the product, block by block in the first-level cache. Half
+// types are computed in float and rounded once, at the end: an unscaled product never exists in half precision. Source:
+// Karras et al. 2020 (StyleGAN2), section 2.2, for scaling activations instead of weights.
 
 #include <array>
 #include <limits>
 
 #include "activation.h"
 #include "convert.h"
+#include "few_pixels.h"
 #include "image.h"
 
 namespace fastgan {
@@ -138,13 +139,8 @@ Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
   return out;
 }
 
-struct Geometry {
-  std::vector<int64_t> stride, padding, output_padding, dilation;
-  bool transposed;
-  int64_t groups;
-};
-
-Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
+Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvGeometry& g) {
+  if (const auto y = convolve_few_pixels(x, weight, bias, g)) return *y;
   using torch::stable::detail::from;
   std::array<StableIValue, 9> stack{from(x),         from(weight),     from(bias),         from(g.stride),
                                     from(g.padding), from(g.dilation), from(g.transposed), from(g.output_padding),
@@ -215,7 +211,7 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
                                          double residual_gain, bool save_conv) {
   const Act act = parse_act("scaled_conv2d", act_name);
   const ScalarType dtype = x.scalar_type();
-  const Geometry geometry{stride, padding, output_padding, dilation, transposed, groups};
+  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups};
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   const bool only_bias =
       act == Act::kLinear && gain == 1.0 && !clamp && !out_scale && !noise && !residual && !half && !save_conv;

@@ -1,0 +1,405 @@
+// Dense convolution and transposed convolution of images with few pixels: one read of the weights, every pixel at once.
+//
+// convolution: columns [P, K] of the image (im2col, K = C_in kH kW), y[o, p] = <W[o, :], columns[p, :]>;
+// transposed:  products[p, :] = sum_c x[c, p] W[c, :], each [C_out, kH, kW], added up where they overlap (col2im).
+//
+// P counts the pixels of all samples on the small side: of the result, transposed of x. One sum has one order, which
+// depends on the shapes alone, so the number of threads changes nothing; and no pixel meets another one's values, so a
+// NaN stays in its sample.
+
+#include "few_pixels.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+namespace fastgan {
+namespace {
+
+// Measured over the layers of the models, 1x1 to 4x4: at 32 pixels these kernels take 1 to 1/4 of the time of torch's
+// convolution (1x1 gains least), at 64 up to 1.25 of it: read once, the weights are used often enough there.
+constexpr int64_t kMaxPixels = 32;
+// Blocks hold whole kernels: larger ones would outgrow the caches that the constants below are made for.
+constexpr int64_t kMaxTaps = 64;
+// Columns of the dot products that are finished for all rows of a task before the next: 4 KB of float per row and per
+// pixel, so four rows stay in the first-level cache and all pixels in the second.
+constexpr int64_t kDotColumns = 1024;
+constexpr int64_t kDotRows = 4, kDotPixels = 2;  // 8 accumulators, 4 + 2 operands: the 16 registers of AVX2
+constexpr int64_t kTaskRows = 32;
+// Columns of W that one task of the transposed product sums over all channels: a page of float, since one channel's
+// columns are far from the next one's.
+constexpr int64_t kAxpyColumns = 1024;
+// Channels whose products are summed in registers before they are added to the memory of the sums.
+constexpr int64_t kAxpyChannels = 8;
+constexpr int64_t kAxpyPixels = 4, kAxpyVectors = 2;  // again 8 accumulators
+
+// One 32-byte register; narrower instruction sets use two.
+template <typename C>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(32)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(32)));
+};
+template <typename C>
+using vector_t = typename Vector<C>::type;
+
+template <typename C>
+constexpr int64_t kLanes = 32 / sizeof(C);
+
+// Before the loops over a tile: rolled up, they would keep its accumulators in memory.
+#define FASTGAN_UNROLL _Pragma("GCC unroll 8")
+
+// ---- inner loops, compiled per instruction set
+
+// sums[r, p] += <w[r, :], x[p, :]>, x [P, n], for R rows and P pixels held in registers.
+template <int R, int P, typename C>
+FASTGAN_INLINE void dot_tile(const C* __restrict__ w, int64_t w_stride, const C* __restrict__ x, int64_t n,
+                             C* __restrict__ sums, int64_t sums_stride) {
+  using V = vector_t<C>;
+  V acc[R][P] = {};
+  int64_t i = 0;
+  for (; i + kLanes<C> <= n; i += kLanes<C>) {
+    V a[R], b[P];
+    FASTGAN_UNROLL
+    for (int r = 0; r < R; ++r) std::memcpy(&a[r], w + r * w_stride + i, sizeof(V));
+    FASTGAN_UNROLL
+    for (int p = 0; p < P; ++p) std::memcpy(&b[p], x + p * n + i, sizeof(V));
+    FASTGAN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FASTGAN_UNROLL
+      for (int p = 0; p < P; ++p) acc[r][p] += a[r] * b[p];
+    }
+  }
+  FASTGAN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    FASTGAN_UNROLL
+    for (int p = 0; p < P; ++p) {
+      C total = 0;
+      for (int64_t j = i; j < n; ++j) total += w[r * w_stride + j] * x[p * n + j];
+      for (int lane = 0; lane < kLanes<C>; ++lane) total += acc[r][p][lane];
+      sums[r * sums_stride + p] += total;
+    }
+  }
+}
+
+template <int R, typename C>
+FASTGAN_INLINE void dot_rows(const C* w, int64_t w_stride, const C* x, int64_t pixels, int64_t n, C* sums) {
+  int64_t p = 0;
+  for (; p + kDotPixels <= pixels; p += kDotPixels) {
+    dot_tile<R, kDotPixels>(w, w_stride, x + p * n, n, sums + p, pixels);
+  }
+  for (; p < pixels; ++p) dot_tile<R, 1>(w, w_stride, x + p * n, n, sums + p, pixels);
+}
+
+// sums[r, p] = <w[r, :], x[p, :]>; w [rows, columns] and sums are contiguous, x is one [pixels, n] after the other for
+// each block of n = `block` columns (the last may be narrower).
+template <typename C>
+FASTGAN_INLINE void dot_all(const C* w, int64_t rows, const C* x, int64_t pixels, int64_t columns, int64_t block,
+                            C* sums) {
+  std::fill_n(sums, rows * pixels, C(0));
+  for (int64_t start = 0; start < columns; start += block) {
+    const int64_t n = std::min(block, columns - start);
+    const C *const rows_of_w = w + start, *const pixels_of_x = x + start * pixels;
+    int64_t r = 0;
+    for (; r + kDotRows <= rows; r += kDotRows) {
+      dot_rows<kDotRows>(rows_of_w + r * columns, columns, pixels_of_x, pixels, n, sums + r * pixels);
+    }
+    for (; r < rows; ++r) dot_rows<1>(rows_of_w + r * columns, columns, pixels_of_x, pixels, n, sums + r * pixels);
+  }
+}
+FASTGAN_MULTIVERSION void dot_task(const float* w, int64_t rows, const float* x, int64_t pixels, int64_t columns,
+                                   int64_t block, float* sums) {
+  dot_all(w, rows, x, pixels, columns, block, sums);
+}
+void dot_task(const double* w, int64_t rows, const double* x, int64_t pixels, int64_t columns, int64_t block,
+              double* sums) {
+  dot_all(w, rows, x, pixels, columns, block, sums);
+}
+
+// Columns of one tile.
+template <typename C>
+constexpr int64_t kAxpyStep = kAxpyVectors * kLanes<C>;
+
+// sums[p, :] += sum_c x[c, p] w[c, :] for P pixels, `channels` channels and kVectors registers of columns (V may be C).
+template <int P, int kVectors, typename V, typename C>
+FASTGAN_INLINE void axpy_tile(const C* __restrict__ w, int64_t w_stride, const C* __restrict__ x, int64_t x_stride,
+                              int64_t channels, C* __restrict__ sums) {
+  constexpr int64_t kWidth = sizeof(V) / sizeof(C);
+  V acc[P][kVectors];
+  FASTGAN_UNROLL
+  for (int p = 0; p < P; ++p) {
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&acc[p][v], sums + p * kAxpyStep<C> + v * kWidth, sizeof(V));
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    V a[kVectors];
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&a[v], w + c * w_stride + v * kWidth, sizeof(V));
+    FASTGAN_UNROLL
+    for (int p = 0; p < P; ++p) {
+      FASTGAN_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[p][v] += x[c * x_stride + p] * a[v];
+    }
+  }
+  FASTGAN_UNROLL
+  for (int p = 0; p < P; ++p) {
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) std::memcpy(sums + p * kAxpyStep<C> + v * kWidth, &acc[p][v], sizeof(V));
+  }
+}
+
+template <int kVectors, typename V, typename C>
+FASTGAN_INLINE void axpy_pixels(const C* w, int64_t w_stride, const C* x, int64_t pixels, int64_t channels, C* sums) {
+  int64_t p = 0;
+  for (; p + kAxpyPixels <= pixels; p += kAxpyPixels) {
+    axpy_tile<kAxpyPixels, kVectors, V>(w, w_stride, x + p, pixels, channels, sums + p * kAxpyStep<C>);
+  }
+  for (; p < pixels; ++p) axpy_tile<1, kVectors, V>(w, w_stride, x + p, pixels, channels, sums + p * kAxpyStep<C>);
+}
+
+// sums[p, :n] = sum_c x[c, p] w[c, :n]; x is [channels, pixels], rows of w are w_stride apart. Sums lie as
+// [ceil(n / kStep), pixels, kStep]: pixel by pixel they would be a power of two apart, as the rows of w often are, and
+// all meet in one set of the first-level cache.
+template <typename C>
+FASTGAN_INLINE void axpy_all(const C* w, int64_t w_stride, const C* x, int64_t pixels, int64_t channels, int64_t n,
+                             C* sums) {
+  constexpr int64_t kStep = kAxpyStep<C>;
+  std::fill_n(sums, (n + kStep - 1) / kStep * kStep * pixels, C(0));
+  for (int64_t c = 0; c < channels; c += kAxpyChannels) {
+    const int64_t block = std::min(kAxpyChannels, channels - c), next = std::min(kAxpyChannels, channels - c - block);
+    const C *const rows = w + c * w_stride, *const values = x + c * pixels;
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      // The hardware follows a row only to the end of its page, where its columns of this task end.
+      for (int64_t ahead = 0; ahead < next; ++ahead) {
+        __builtin_prefetch(rows + (kAxpyChannels + ahead) * w_stride + i, 0, 2);
+      }
+      axpy_pixels<kAxpyVectors, vector_t<C>>(rows + i, w_stride, values, pixels, block, sums + i * pixels);
+    }
+    for (int64_t j = 0; i + j < n; ++j) {
+      axpy_pixels<1, C>(rows + i + j, w_stride, values, pixels, block, sums + i * pixels + j);
+    }
+  }
+}
+FASTGAN_MULTIVERSION void axpy_task(const float* w, int64_t w_stride, const float* x, int64_t pixels, int64_t channels,
+                                    int64_t n, float* sums) {
+  axpy_all(w, w_stride, x, pixels, channels, n, sums);
+}
+void axpy_task(const double* w, int64_t w_stride, const double* x, int64_t pixels, int64_t channels, int64_t n,
+               double* sums) {
+  axpy_all(w, w_stride, x, pixels, channels, n, sums);
+}
+
+// ---- images
+
+// An image [N, C, H, W] of any strides.
+template <typename C>
+struct Image {
+  C* data;
+  int64_t n, c, h, w, stride_n, stride_c, stride_h, stride_w;
+
+  Image(const Tensor& t, C* pointer)
+      : data(pointer),
+        n(t.size(0)),
+        c(t.size(1)),
+        h(t.size(2)),
+        w(t.size(3)),
+        stride_n(t.stride(0)),
+        stride_c(t.stride(1)),
+        stride_h(t.stride(2)),
+        stride_w(t.stride(3)) {}
+  int64_t pixels() const { return n * h * w; }
+  C* at(int64_t sample, int64_t y, int64_t x) const { return data + sample * stride_n + y * stride_h + x * stride_w; }
+};
+
+// The taps of one kernel that one small-side pixel lays over the large side, cut to what lies inside it: tap (i, j)
+// meets the large pixel (y + i, x + j).
+struct Window {
+  int64_t sample, y, x, i_begin, i_end, j_begin, j_end;
+
+  template <typename Small, typename Large>
+  Window(const Small& small, const Large& large, int64_t pixel, int64_t kernel_h, int64_t kernel_w,
+         const ConvGeometry& g)
+      : sample(pixel / (small.h * small.w)),
+        y(pixel / small.w % small.h * g.stride[0] - g.padding[0]),
+        x(pixel % small.w * g.stride[1] - g.padding[1]),
+        i_begin(std::max<int64_t>(0, -y)),
+        i_end(std::min(kernel_h, large.h - y)),
+        j_begin(std::max<int64_t>(0, -x)),
+        j_end(std::min(kernel_w, large.w - x)) {}
+};
+
+// Channels of a block of about `columns` columns; 16 of them fill whole registers for any kernel.
+int64_t channels_per_block(int64_t columns, int64_t taps) { return std::max<int64_t>(1, columns / (16 * taps)) * 16; }
+
+template <typename C>
+void convolve(const Image<const C>& x, const Tensor& weight, const C* bias, const Image<C>& y, const ConvGeometry& g) {
+  const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3), taps = kernel_h * kernel_w;
+  const int64_t pixels = y.pixels(), columns = x.c * taps;
+  const int64_t channels = channels_per_block(kDotColumns, taps), blocks = (x.c + channels - 1) / channels;
+  const auto cols = std::make_unique_for_overwrite<C[]>(pixels * columns);
+  const int64_t im2col_grain = kGrainElements / (channels * taps) + 1;
+  torch::stable::parallel_for(0, blocks * pixels, im2col_grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = task % pixels, first = task / pixels * channels, count = std::min(channels, x.c - first);
+      const Window window(y, x, p, kernel_h, kernel_w, g);
+      C* to = cols.get() + (first * pixels + p * count) * taps;
+      std::fill_n(to, count * taps, C(0));
+      for (int64_t c = first; c < first + count; ++c, to += taps) {
+        for (int64_t i = window.i_begin; i < window.i_end; ++i) {
+          const C* const from = x.at(window.sample, window.y + i, 0) + c * x.stride_c;
+          for (int64_t j = window.j_begin; j < window.j_end; ++j) {
+            to[i * kernel_w + j] = from[(window.x + j) * x.stride_w];
+          }
+        }
+      }
+    }
+  });
+  const C* const w = weight.const_data_ptr<C>();
+  const int64_t tasks = (y.c + kTaskRows - 1) / kTaskRows;
+  const int64_t grain = kGrainElements / (kTaskRows * columns) + 1;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    C sums[kTaskRows * kMaxPixels];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, y.c - first);
+      dot_task(w + first * columns, rows, cols.get(), pixels, columns, channels * taps, sums);
+      for (int64_t p = 0; p < pixels; ++p) {
+        C* const to = y.at(p / (y.h * y.w), p / y.w % y.h, p % y.w) + first * y.stride_c;
+        for (int64_t r = 0; r < rows; ++r) to[r * y.stride_c] = sums[r * pixels + p] + (bias ? bias[first + r] : C(0));
+      }
+    }
+  });
+}
+
+// Adds products [channels kH kW, pixels of x] as axpy_all lays them to channels [first, first + channels) of y, which
+// starts as the bias.
+template <typename C>
+void add_products(const C* products, const Image<const C>& x, int64_t first, int64_t channels, int64_t kernel_h,
+                  int64_t kernel_w, const C* bias, const Image<C>& y, const ConvGeometry& g) {
+  constexpr int64_t kStep = kAxpyStep<C>;
+  for (int64_t sample = 0; sample < y.n; ++sample) {
+    for (int64_t row = 0; row < y.h; ++row) {
+      for (int64_t column = 0; column < y.w; ++column) {
+        C* const to = y.at(sample, row, column) + first * y.stride_c;
+        for (int64_t o = 0; o < channels; ++o) to[o * y.stride_c] = bias ? bias[first + o] : C(0);
+      }
+    }
+  }
+  for (int64_t p = 0; p < x.pixels(); ++p) {
+    const Window window(x, y, p, kernel_h, kernel_w, g);
+    const C* const of_pixel = products + p * kStep;
+    for (int64_t o = 0; o < channels; ++o) {
+      for (int64_t i = window.i_begin; i < window.i_end; ++i) {
+        C* const to = y.at(window.sample, window.y + i, 0) + (first + o) * y.stride_c;
+        const int64_t column = (o * kernel_h + i) * kernel_w;
+        for (int64_t j = window.j_begin; j < window.j_end; ++j) {
+          const int64_t step = (column + j) / kStep, lane = (column + j) % kStep;
+          to[(window.x + j) * y.stride_w] += of_pixel[step * kStep * x.pixels() + lane];
+        }
+      }
+    }
+  }
+}
+
+template <typename C>
+void convolve_transposed(const Image<const C>& x, const Tensor& weight, const C* bias, const Image<C>& y,
+                         const ConvGeometry& g) {
+  const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3), taps = kernel_h * kernel_w;
+  const int64_t pixels = x.pixels(), columns = y.c * taps;
+  const auto packed = std::make_unique_for_overwrite<C[]>(x.c * pixels);
+  for (int64_t p = 0; p < pixels; ++p) {
+    const C* const from = x.at(p / (x.h * x.w), p / x.w % x.h, p % x.w);
+    for (int64_t c = 0; c < x.c; ++c) packed[c * pixels + p] = from[c * x.stride_c];
+  }
+  const C* const w = weight.const_data_ptr<C>();
+  // Whole channels per task, so that no two tasks add to one value.
+  const int64_t channels = channels_per_block(kAxpyColumns, taps);
+  const int64_t tasks = (y.c + channels - 1) / channels;
+  const int64_t grain = kGrainElements / (channels * taps * x.c) + 1;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const auto products = std::make_unique_for_overwrite<C[]>(pixels * channels * taps);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * channels, count = std::min(channels, y.c - first);
+      axpy_task(w + first * taps, columns, packed.get(), pixels, x.c, count * taps, products.get());
+      add_products(products.get(), x, first, count, kernel_h, kernel_w, bias, y, g);
+    }
+  });
+}
+
+// ---- which calls
+
+// What torch's suggest_memory_format says of strides: where sizes of 1 leave both layouts open, contiguous.
+bool suggests_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  for (const int dim : {1, 3, 2, 0}) {
+    const int64_t size = t.size(dim), stride = t.stride(dim);
+    if (size == 0 || stride < least || (dim == 1 && stride == 0)) return false;
+    if (dim == 0 && least == t.stride(1)) return false;
+    least = size > 1 ? stride * size : stride;
+  }
+  return true;
+}
+
+int64_t result_size(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int axis) {
+  const int64_t size = x.size(2 + axis), kernel = weight.size(2 + axis), padding = 2 * g.padding[axis];
+  if (g.transposed) return (size - 1) * g.stride[axis] - padding + kernel + g.output_padding[axis];
+  return size + padding < kernel ? 0 : (size + padding - kernel) / g.stride[axis] + 1;
+}
+
+bool takes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvGeometry& g) {
+  const ScalarType dtype = x.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double) return false;
+  if (x.dim() != 4 || weight.dim() != 4 || weight.scalar_type() != dtype) return false;
+  if (!weight.is_contiguous() || suggests_channels_last(weight) || weight.numel() == 0 || x.numel() == 0) return false;
+  const int64_t c_out = weight.size(g.transposed ? 1 : 0);
+  if (bias && (bias->scalar_type() != dtype || !bias->is_contiguous() || bias->dim() != 1 || bias->size(0) != c_out)) {
+    return false;
+  }
+  if (weight.size(2) * weight.size(3) > kMaxTaps) return false;
+  if (g.groups != 1 || x.size(1) != weight.size(g.transposed ? 0 : 1)) return false;
+  for (const auto* pair : {&g.stride, &g.padding, &g.dilation, &g.output_padding}) {
+    if (pair->size() != 2) return false;
+  }
+  for (int axis = 0; axis < 2; ++axis) {
+    if (g.dilation[axis] != 1 || g.stride[axis] < 1 || g.padding[axis] < 0) return false;
+    if (g.output_padding[axis] < 0 || g.output_padding[axis] >= (g.transposed ? g.stride[axis] : 1)) return false;
+    if (result_size(x, weight, g, axis) < 1) return false;
+  }
+  const int64_t pixels =
+      x.size(0) * (g.transposed ? x.size(2) * x.size(3) : result_size(x, weight, g, 0) * result_size(x, weight, g, 1));
+  return pixels <= kMaxPixels;
+}
+
+}  // namespace
+
+std::optional<Tensor> convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                          const ConvGeometry& g) {
+  if (!takes(x, weight, bias, g)) return std::nullopt;
+  using torch::headeronly::MemoryFormat;
+  const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
+                                  result_size(x, weight, g, 1)};
+  Tensor y = torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                  suggests_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const auto run = [&]<typename C>(C) {
+    const Image<const C> from(x, x.const_data_ptr<C>());
+    const Image<C> to(y, y.mutable_data_ptr<C>());
+    const C* const b = bias ? bias->const_data_ptr<C>() : nullptr;
+    if (g.transposed) {
+      convolve_transposed<C>(from, weight, b, to, g);
+    } else {
+      convolve<C>(from, weight, b, to, g);
+    }
+  };
+  if (x.scalar_type() == ScalarType::Float) {
+    run(float());
+  } else {
+    run(double());
+  }
+  return y;
+}
+
+}  // namespace fastgan
