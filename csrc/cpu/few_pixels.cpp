@@ -16,7 +16,7 @@
 namespace fastgan {
 namespace {
 
-// Measured over the layers of the models, 1x1 to 4x4: at 32 pixels these kernels take 1 to 1/4 of the time of torch's
+// Measured over the layers of the models, 1x1 to 4x4: at 32 pixels these kernels take 1 to 1/3 of the time of torch's
 // convolution (1x1 gains least), at 64 up to 1.25 of it: read once, the weights are used often enough there.
 constexpr int64_t kMaxPixels = 32;
 // Blocks hold whole kernels: larger ones would outgrow the caches that the constants below are made for.
