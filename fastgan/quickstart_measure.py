@@ -27,8 +27,8 @@ GENERATOR_SECONDS = 3.0
 STEP_FLOOR = 3e-5
 
 # In a trained network one activation or one L1 difference next to zero takes the other sign in float32 than in float64,
-# and moves the gradient of whichever layer it meets by about 1e-4 (measured at width 24: over six batches up to 1.2e-3 in plain
-# PyTorch, 2.2e-3 in fastgan; in float64 the two agree to 4e-14). Which layer that is says nothing either, so
+# and moves the gradient of whichever layer it meets by about 1e-4 (measured at width 24: over six batches up to 1.2e-3
+# in plain PyTorch, 2.2e-3 in fastgan; in float64 the two agree to 4e-14). Which layer that is says nothing either, so
 # the bound of every tensor is at least twice plain PyTorch's largest error over all tensors of the step.
 
 # The two memory layouts that plain PyTorch offers; which is faster depends on the model and the processor.
