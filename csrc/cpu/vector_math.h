@@ -1,8 +1,8 @@
 // exp, log1p, expm1 and tanh that the compiler can vectorise: straight-line code, no table, no branch, no errno.
 //
-// Source: Cephes Math Library (S. L. Moshier), the single-precision polynomials; errors below are measured against long
-// double over all binades by tests/test_vector_math.py through the ops that use them. Double precision goes to libm: it
-// is the accuracy path.
+// Source: Cephes Math Library (S. L. Moshier), the single-precision polynomials; errors below are measured against
+// float64 over all binades by tests/test_vector_math.py through the ops that use them. Double precision goes to libm:
+// it is the accuracy path.
 #pragma once
 
 #include <cmath>
