@@ -332,55 +332,21 @@ void convolve_transposed(const Image<const C>& x, const Tensor& weight, const C*
   });
 }
 
-// ---- which calls
+}  // namespace
 
-// What torch's suggest_memory_format says of strides: where sizes of 1 leave both layouts open, contiguous.
-bool suggests_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  for (const int dim : {1, 3, 2, 0}) {
-    const int64_t size = t.size(dim), stride = t.stride(dim);
-    if (size == 0 || stride < least || (dim == 1 && stride == 0)) return false;
-    if (dim == 0 && least == t.stride(1)) return false;
-    least = size > 1 ? stride * size : stride;
-  }
-  return true;
-}
-
-int64_t result_size(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int axis) {
-  const int64_t size = x.size(2 + axis), kernel = weight.size(2 + axis), padding = 2 * g.padding[axis];
-  if (g.transposed) return (size - 1) * g.stride[axis] - padding + kernel + g.output_padding[axis];
-  return size + padding < kernel ? 0 : (size + padding - kernel) / g.stride[axis] + 1;
-}
-
-bool takes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvGeometry& g) {
-  const ScalarType dtype = x.scalar_type();
-  if (dtype != ScalarType::Float && dtype != ScalarType::Double) return false;
-  if (x.dim() != 4 || weight.dim() != 4 || weight.scalar_type() != dtype) return false;
-  if (!weight.is_contiguous() || suggests_channels_last(weight) || weight.numel() == 0 || x.numel() == 0) return false;
-  const int64_t c_out = weight.size(g.transposed ? 1 : 0);
-  if (bias && (bias->scalar_type() != dtype || !bias->is_contiguous() || bias->dim() != 1 || bias->size(0) != c_out)) {
-    return false;
-  }
-  if (weight.size(2) * weight.size(3) > kMaxTaps) return false;
-  if (g.groups != 1 || x.size(1) != weight.size(g.transposed ? 0 : 1)) return false;
-  for (const auto* pair : {&g.stride, &g.padding, &g.dilation, &g.output_padding}) {
-    if (pair->size() != 2) return false;
-  }
-  for (int axis = 0; axis < 2; ++axis) {
-    if (g.dilation[axis] != 1 || g.stride[axis] < 1 || g.padding[axis] < 0) return false;
-    if (g.output_padding[axis] < 0 || g.output_padding[axis] >= (g.transposed ? g.stride[axis] : 1)) return false;
-    if (result_size(x, weight, g, axis) < 1) return false;
-  }
+bool few_pixels_takes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvGeometry& g) {
+  if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double) return false;
+  if (!is_plain_convolution(x, weight, bias, g)) return false;
+  if (!weight.is_contiguous() || suggests_channels_last(weight)) return false;
+  if (g.dilation[0] != 1 || g.dilation[1] != 1 || weight.size(2) * weight.size(3) > kMaxTaps) return false;
   const int64_t pixels =
       x.size(0) * (g.transposed ? x.size(2) * x.size(3) : result_size(x, weight, g, 0) * result_size(x, weight, g, 1));
   return pixels <= kMaxPixels;
 }
 
-}  // namespace
-
 std::optional<Tensor> convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                           const ConvGeometry& g) {
-  if (!takes(x, weight, bias, g)) return std::nullopt;
+  if (!few_pixels_takes(x, weight, bias, g)) return std::nullopt;
   using torch::headeronly::MemoryFormat;
   const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
                                   result_size(x, weight, g, 1)};

@@ -2,18 +2,10 @@
 #pragma once
 
 #include <optional>
-#include <vector>
 
-#include "common.h"
+#include "conv_geometry.h"
 
 namespace fastgan {
-
-// The geometry of one call in torch's terms; pairs are (height, width).
-struct ConvGeometry {
-  std::vector<int64_t> stride, padding, output_padding, dilation;
-  bool transposed;
-  int64_t groups;
-};
 
 // conv(x, weight) + bias in one read of the weights, with the values, dtype and layout of torch's convolution.
 //
@@ -22,5 +14,9 @@ struct ConvGeometry {
 // precision, a weight that is not contiguous, or arguments that torch's convolution refuses.
 std::optional<Tensor> convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                           const ConvGeometry& geometry);
+
+// Whether convolve_few_pixels serves this call.
+bool few_pixels_takes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const ConvGeometry& geometry);
 
 }  // namespace fastgan

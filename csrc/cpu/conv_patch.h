@@ -1,0 +1,54 @@
+// What one task of a convolution needs of x: some channels of some lines, split into planes, with the padding around.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "conv_plan.h"
+#include "image.h"
+
+namespace fastgan {
+
+// x [N, C, H, W] of any strides, with a factor per sample and channel.
+struct ScaledImage {
+  const float* data;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  Scales<float> scale;
+
+  ScaledImage(const Tensor& x, const std::optional<Tensor>& in_scale)
+      : data(x.const_data_ptr<float>()),
+        stride_n(x.stride(0)),
+        stride_c(x.stride(1)),
+        stride_h(x.stride(2)),
+        stride_w(x.stride(3)),
+        scale(in_scale) {}
+};
+
+class Patch {
+ public:
+  // `width` results per line; up to `channels` channels of up to `lines` lines of one sample.
+  Patch(const Sampling& input, int64_t channels, int64_t lines, int64_t width);
+
+  // Loads channels [channel, channel + channels) for results [row, row + lines) of a sample.
+  void load(const ScaledImage& x, int64_t sample, int64_t row, int64_t lines, int64_t channel, int64_t channels);
+
+  // Where tap reads for the first result of channel 0.
+  int64_t offset(const Tap& tap) const {
+    return tap.plane * plane_stride_ + (tap.dy - input_.dy_min) * line_stride_ + tap.dx - input_.dx_min;
+  }
+  int64_t channel_stride() const { return channel_stride_; }
+  int64_t line_stride() const { return line_stride_; }
+  const float* data() const { return data_.data(); }
+
+  // offset(tap) for each tap in each of `channels` channels: the rows of the matrix that im2col would make.
+  std::vector<int32_t> offsets(const std::vector<Tap>& taps, int64_t channels) const;
+
+ private:
+  std::pair<int64_t, int64_t> inside(int64_t first, int64_t phase, int64_t size, int64_t count) const;
+
+  const Sampling input_;
+  int64_t line_stride_, plane_stride_, channel_stride_;
+  std::vector<float> data_;
+};
+
+}  // namespace fastgan

@@ -1,0 +1,235 @@
+// Tasks are blocks of lines times blocks of output channels. One task adds up all products of its block in a scratch
+// that stays in the second-level cache: for every block of input channels it loads their patch of x, and for every
+// panel of kPanelRows output channels it packs their weights into the first-level cache and runs them over all pixels.
+// Tasks depend on the shapes alone, and so does the order of every sum.
+
+#include "direct_conv.h"
+
+#include <algorithm>
+
+#include "conv_patch.h"
+#include "product.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int64_t kColumns = 256;        // results of one channel per task
+constexpr int64_t kScratch = 48 * 1024;  // results per task: 192 KB
+constexpr int64_t kTasks = 16;           // enough to share out; more would load x more often than needed
+
+// Where torch's convolution is far from its own best, measured over the layers of the models: images of few channels,
+// which it pads to a register of them, and layers of few pixels, above all transposed ones.
+constexpr int64_t kFewChannels = 8, kFewPixels = 64, kFewTransposed = 128;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// How the results of one call are cut into tasks, and how a task lays out its columns.
+struct Tiling {
+  int64_t lanes = product_lanes();
+  bool narrow;          // lines shorter than a register share it: their columns are gathered, not read in place
+  int64_t width;        // columns per line
+  int64_t lines;        // per task
+  int64_t columns;      // per task, whole registers
+  int64_t channels;     // C_in per pass
+  int64_t rows;         // C_out per task
+  int64_t line_blocks;  // in all; of one sample each, where not narrow
+  int64_t row_blocks;
+
+  explicit Tiling(const ConvPlan& plan) {
+    width = round_up(plan.base_w, lanes);
+    narrow = 4 * width > 5 * plan.base_w;
+    if (narrow) width = plan.base_w;
+    const int64_t all_lines = narrow ? plan.n * plan.base_h : plan.base_h;
+    lines = std::clamp<int64_t>(kColumns / width, 1, all_lines);
+    // Equal blocks: a short last one would cost as much as a whole one.
+    lines = (all_lines + (all_lines + lines - 1) / lines - 1) / ((all_lines + lines - 1) / lines);
+    columns = round_up(lines * width, lanes);
+    line_blocks = (all_lines + lines - 1) / lines * (narrow ? 1 : plan.n);
+    const int64_t per_phase = std::max<int64_t>(1, plan.taps / static_cast<int64_t>(plan.phases.size()));
+    channels = std::clamp<int64_t>(kPanelDepth / per_phase, 1, plan.c_in);
+    const int64_t per_row = columns * static_cast<int64_t>(plan.phases.size());
+    rows = std::clamp(kScratch / per_row / kPanelRows * kPanelRows, kPanelRows, round_up(plan.c_out, kPanelRows));
+    while (rows > 8 * kPanelRows && line_blocks * ((plan.c_out + rows - 1) / rows) < kTasks) {
+      rows = round_up(rows / 2, kPanelRows);
+    }
+    row_blocks = (plan.c_out + rows - 1) / rows;
+  }
+};
+
+// One thread's work on one task after the other.
+class Worker {
+ public:
+  Worker(const ConvPlan& plan, const Tiling& tiling, const ScaledImage& x, const Tensor& weight, bool transposed)
+      : plan_(plan),
+        tiling_(tiling),
+        x_(x),
+        weight_(weight.const_data_ptr<float>()),
+        // Weights are [C_out, C_in, taps], transposed [C_in, C_out, taps].
+        weight_row_(transposed ? plan.taps : plan.c_in * plan.taps),
+        weight_channel_(transposed ? plan.c_out * plan.taps : plan.taps),
+        patch_(plan.input, tiling.channels, tiling.lines, tiling.width),
+        panel_(kPanelRows * kPanelStride),
+        sums_(tiling.columns * tiling.rows * static_cast<int64_t>(plan.phases.size())) {
+    int64_t most_taps = 0;
+    for (const Phase& phase : plan.phases) {
+      offsets_.push_back(patch_.offsets(phase.taps, tiling.channels));
+      most_taps = std::max<int64_t>(most_taps, phase.taps.size());
+      auto& weights = weight_offsets_.emplace_back();
+      for (int64_t c = 0; c < tiling.channels; ++c) {
+        for (const Tap& tap : phase.taps) weights.push_back(static_cast<int32_t>(c * weight_channel_ + tap.weight));
+      }
+    }
+    if (tiling.narrow) {
+      gathered_.resize(tiling.columns * tiling.channels * most_taps);
+      for (int64_t k = 0; k < tiling.channels * most_taps; ++k) gathered_offsets_.push_back(k * tiling.columns);
+      for (int64_t i = 0; i < tiling.columns; i += tiling.lanes) columns_.push_back(i);
+    } else {
+      for (int64_t line = 0; line < tiling.lines; ++line) {
+        for (int64_t i = 0; i < tiling.width; i += tiling.lanes) columns_.push_back(line * patch_.line_stride() + i);
+      }
+    }
+  }
+
+  // Lines [line, line + lines), rows [row, row + rows).
+  void multiply(int64_t line, int64_t lines, int64_t row, int64_t rows) {
+    for (int64_t channel = 0; channel < plan_.c_in; channel += tiling_.channels) {
+      const int64_t channels = std::min(tiling_.channels, plan_.c_in - channel);
+      if (!tiling_.narrow) {
+        patch_.load(x_, line / plan_.base_h, line % plan_.base_h, lines, channel, channels);
+      }
+      for (size_t phase = 0; phase < plan_.phases.size(); ++phase) {
+        if (tiling_.narrow) gather(plan_.phases[phase], offsets_[phase], line, lines, channel, channels);
+        add_phase(phase, lines, row, rows, channel, channels);
+      }
+    }
+  }
+
+  const float* sums(size_t phase, int64_t row) const {
+    return sums_.data() + (phase * tiling_.rows + row) * tiling_.columns;
+  }
+
+ private:
+  void add_phase(size_t phase, int64_t lines, int64_t row, int64_t rows, int64_t channel, int64_t channels) {
+    const int64_t depth = channels * static_cast<int64_t>(plan_.phases[phase].taps.size());
+    const float* const weights = weight_ + row * weight_row_ + channel * weight_channel_;
+    const int64_t columns = round_up(lines * tiling_.width, tiling_.lanes);
+    for (int64_t r = 0; r < rows; r += kPanelRows) {
+      const int64_t count = std::min(kPanelRows, rows - r);
+      pack_panel(weights + r * weight_row_, weight_offsets_[phase].data(), depth, weight_row_, count, panel_.data());
+      panel_products({.weights = panel_.data(),
+                      .rows = count,
+                      .offsets = tiling_.narrow ? gathered_offsets_.data() : offsets_[phase].data(),
+                      .depth = depth,
+                      .image = tiling_.narrow ? gathered_.data() : patch_.data(),
+                      .columns = columns_.data(),
+                      .vectors = columns / tiling_.lanes,
+                      .sums = sums_.data() + (phase * tiling_.rows + r) * tiling_.columns,
+                      .sums_stride = tiling_.columns,
+                      .overwrite = channel == 0});
+    }
+  }
+
+  // The rows of the im2col matrix, lines of several samples side by side.
+  void gather(const Phase& phase, const std::vector<int32_t>& offsets, int64_t line, int64_t lines, int64_t channel,
+              int64_t channels) {
+    const int64_t depth = channels * static_cast<int64_t>(phase.taps.size());
+    for (int64_t done = 0; done < lines;) {
+      const int64_t row = (line + done) % plan_.base_h, count = std::min(lines - done, plan_.base_h - row);
+      patch_.load(x_, (line + done) / plan_.base_h, row, count, channel, channels);
+      for (int64_t k = 0; k < depth; ++k) {
+        const float* from = patch_.data() + offsets[k];
+        float* to = gathered_.data() + k * tiling_.columns + done * tiling_.width;
+        for (int64_t l = 0; l < count; ++l, from += patch_.line_stride(), to += tiling_.width) {
+          for (int64_t i = 0; i < tiling_.width; ++i) to[i] = from[i];
+        }
+      }
+      done += count;
+    }
+  }
+
+  const ConvPlan& plan_;
+  const Tiling& tiling_;
+  const ScaledImage& x_;
+  const float* const weight_;
+  const int64_t weight_row_, weight_channel_;
+  Patch patch_;
+  std::vector<float> panel_, sums_, gathered_;
+  std::vector<std::vector<int32_t>> offsets_, weight_offsets_;
+  std::vector<int32_t> gathered_offsets_, columns_;
+};
+
+// Hands the sums of one channel of one task on, in stretches of consecutive pixels of y.
+template <typename F>
+void for_stretches(const ConvPlan& plan, const Tiling& tiling, const Worker& worker, int64_t line, int64_t lines,
+                   int64_t row, std::vector<float>& buffer, F&& f) {
+  const int64_t width = tiling.width;
+  for (int64_t done = 0; done < lines;) {
+    const int64_t sample = (line + done) / plan.base_h, base = (line + done) % plan.base_h;
+    const int64_t count = std::min(lines - done, plan.base_h - base);
+    if (plan.out_stride == 1) {
+      const float* const sums = worker.sums(0, row) + done * width;
+      if (width == plan.w_out) {
+        f(sample, base * width, count * width, sums);
+      } else {
+        for (int64_t l = 0; l < count; ++l) f(sample, (base + l) * plan.w_out, plan.w_out, sums + l * width);
+      }
+    } else {
+      for (int64_t l = 0; l < count; ++l) {
+        for (size_t phase = 0; phase < plan.phases.size(); ++phase) {
+          const Phase& p = plan.phases[phase];
+          if (base + l >= plan.rows_of(p)) continue;
+          spread_row(worker.sums(phase, row) + (done + l) * width, plan.out_stride, buffer.data() + p.column,
+                     plan.columns_of(p));
+          const bool complete = phase + 1 == plan.phases.size() || plan.phases[phase + 1].row != p.row;
+          if (complete) f(sample, ((base + l) * plan.out_stride + p.row) * plan.w_out, plan.w_out, buffer.data());
+        }
+      }
+    }
+    done += count;
+  }
+}
+
+}  // namespace
+
+bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (x.scalar_type() != ScalarType::Float || !weight.is_contiguous()) return false;
+  if (suggests_channels_last(x) || suggests_channels_last(weight)) return false;
+  if (!is_plain_convolution(x, weight, std::nullopt, g) || g.stride[0] != g.stride[1]) return false;
+  if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return false;
+  const ConvPlan plan(x, weight, g);
+  if (plan.taps > kPanelDepth) return false;
+  const int64_t pixels = plan.n * plan.base_h * plan.base_w;
+  return std::min(plan.c_in, plan.c_out) <= kFewChannels || pixels <= (g.transposed ? kFewTransposed : kFewPixels);
+}
+
+void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+                 const PlaneEpilogue& epilogue, float* saved, float* y) {
+  const ConvPlan plan(x, weight, g);
+  const Tiling tiling(plan);
+  const ScaledImage image(x, in_scale);
+  const int64_t lines_of_all = plan.n * plan.base_h, pixels = plan.h_out * plan.w_out;
+  const int64_t blocks_per_sample = tiling.narrow ? tiling.line_blocks : tiling.line_blocks / plan.n;
+  torch::stable::parallel_for(0, tiling.line_blocks * tiling.row_blocks, 1, [&](int64_t begin, int64_t end) {
+    Worker worker(plan, tiling, image, weight, g.transposed);
+    std::vector<float> buffer(plan.w_out);
+    PlaneEpilogue::Scratch scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / tiling.row_blocks, row = task % tiling.row_blocks * tiling.rows;
+      const int64_t sample = tiling.narrow ? 0 : block / blocks_per_sample;
+      const int64_t first = block % blocks_per_sample * tiling.lines, line = sample * plan.base_h + first;
+      const int64_t last = tiling.narrow ? lines_of_all : plan.base_h;
+      const int64_t lines = std::min(tiling.lines, last - first), rows = std::min(tiling.rows, plan.c_out - row);
+      worker.multiply(line, lines, row, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        for_stretches(plan, tiling, worker, line, lines, r, buffer,
+                      [&](int64_t n, int64_t pixel, int64_t count, const float* sums) {
+                        const int64_t at = (n * plan.c_out + row + r) * pixels + pixel;
+                        if (saved) std::copy_n(sums, count, saved + at);
+                        epilogue.apply(n, row + r, pixel, count, sums, y + at, scratch);
+                      });
+      }
+    }
+  });
+}
+
+}  // namespace fastgan

@@ -1,0 +1,23 @@
+// Dense convolutions of float images with our own products, the scales and the epilogue inside them.
+//
+// No unfolded image and no unscaled result ever goes to memory: x is multiplied by its scale where it is loaded, and a
+// stretch of results gets its epilogue as soon as its last product is added.
+#pragma once
+
+#include <optional>
+
+#include "conv_geometry.h"
+#include "epilogue.h"
+
+namespace fastgan {
+
+// Whether the call is one that direct_conv is faster at than torch: float, NCHW, no groups, equal strides, few channels
+// or few pixels.
+bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+
+// y = epilogue(conv(in_scale * x, weight)), [N, C_out, H', W'], contiguous; and the convolution itself to `saved`,
+// where that is not null.
+void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+                 const PlaneEpilogue& epilogue, float* saved, float* y);
+
+}  // namespace fastgan

@@ -1,0 +1,222 @@
+#include "product.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common.h"
+
+namespace fastgan {
+namespace {
+
+// Before the loops over a tile: rolled up, they would keep its sums in memory.
+#define FASTGAN_UNROLL _Pragma("GCC unroll 8")
+
+template <int kBytes>
+struct Register {
+  typedef float type __attribute__((vector_size(kBytes)));
+};
+
+template <typename V>
+constexpr int64_t kLanes = sizeof(V) / sizeof(float);
+
+template <typename V>
+FASTGAN_INLINE V load(const float* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// ---- rows of weights times a stretch of the image
+
+template <typename V, int kRows, int kVectors>
+FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
+  const float* starts[kVectors];
+  FASTGAN_UNROLL
+  for (int v = 0; v < kVectors; ++v) starts[v] = p.image + p.columns[first + v];
+  const float* __restrict__ weights = p.weights;
+  const int32_t* __restrict__ offsets = p.offsets;
+  V sums[kRows][kVectors] = {};
+  for (int64_t k = 0, depth = p.depth; k < depth; ++k) {
+    const int64_t offset = offsets[k];
+    V pixels[kVectors];
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) pixels[v] = load<V>(starts[v] + offset);
+    FASTGAN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTGAN_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[r * kPanelStride + k] * pixels[v];
+    }
+  }
+  FASTGAN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = p.sums + r * p.sums_stride + (first + v) * kLanes<V>;
+      if (!p.overwrite) sums[r][v] += load<V>(to);
+      std::memcpy(to, &sums[r][v], sizeof(V));
+    }
+  }
+}
+
+// kVectors x kRows sums: as many as the registers hold beside their operands.
+template <typename V, int kRows, int kVectors>
+FASTGAN_INLINE void panel(const PanelProducts& p) {
+  int64_t v = 0;
+  for (; v + kVectors <= p.vectors; v += kVectors) panel_tile<V, kRows, kVectors>(p, v);
+  for (; v < p.vectors; ++v) panel_tile<V, kRows, 1>(p, v);
+}
+
+template <typename V, int kWide>
+FASTGAN_INLINE void any_panel(const PanelProducts& p) {
+  switch (p.rows) {
+    case 1:
+      return panel<V, 1, 4 * kWide>(p);
+    case 2:
+      return panel<V, 2, 4 * kWide>(p);
+    case 3:
+      return panel<V, 3, 4 * kWide>(p);
+    case 4:
+      return panel<V, 4, 2 * kWide>(p);
+    case 5:
+      return panel<V, 5, 2 * kWide>(p);
+    default:
+      return panel<V, kPanelRows, 2 * kWide>(p);
+  }
+}
+
+// ---- dot products of stretches of two images
+
+template <typename V, int kRows, int kColumns>
+FASTGAN_INLINE void dot_tile(const DotProducts& p, int64_t row, int64_t column) {
+  V sums[kRows][kColumns] = {};
+  for (int64_t line = 0; line < p.lines; ++line) {
+    const float* const a = p.rows + row * p.row_stride + line * p.row_line;
+    const float* b[kColumns];
+    FASTGAN_UNROLL
+    for (int c = 0; c < kColumns; ++c) b[c] = p.image + p.columns[column + c] + line * p.image_line;
+    for (int64_t i = 0, end = p.vectors * kLanes<V>; i < end; i += kLanes<V>) {
+      V pixels[kColumns];
+      FASTGAN_UNROLL
+      for (int c = 0; c < kColumns; ++c) pixels[c] = load<V>(b[c] + i);
+      FASTGAN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const V values = load<V>(a + r * p.row_stride + i);
+        FASTGAN_UNROLL
+        for (int c = 0; c < kColumns; ++c) sums[r][c] += values * pixels[c];
+      }
+    }
+  }
+  FASTGAN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGAN_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      float total = 0;
+      for (int64_t lane = 0; lane < kLanes<V>; ++lane) total += sums[r][c][lane];
+      p.sums[(row + r) * p.sums_stride + column + c] += total;
+    }
+  }
+}
+
+constexpr int64_t kDotRows = 3, kDotColumns = 4;
+
+template <typename V, int kRows>
+FASTGAN_INLINE void dot_rows(const DotProducts& p, int64_t row) {
+  int64_t c = 0;
+  for (; c + kDotColumns <= p.column_count; c += kDotColumns) dot_tile<V, kRows, kDotColumns>(p, row, c);
+  for (; c < p.column_count; ++c) dot_tile<V, kRows, 1>(p, row, c);
+}
+
+template <typename V>
+FASTGAN_INLINE void all_dots(const DotProducts& p) {
+  int64_t r = 0;
+  for (; r + kDotRows <= p.row_count; r += kDotRows) dot_rows<V, kDotRows>(p, r);
+  for (; r < p.row_count; ++r) dot_rows<V, 1>(p, r);
+}
+
+// ---- the same code per instruction set, with registers of its width
+
+using Portable = Register<16>::type;
+void panel_portable(const PanelProducts& p) { any_panel<Portable, 1>(p); }
+void dots_portable(const DotProducts& p) { all_dots<Portable>(p); }
+
+struct Kernels {
+  int64_t lanes, vectors;
+  void (*panel)(const PanelProducts&);
+  void (*dots)(const DotProducts&);
+};
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+using Avx2 = Register<32>::type;
+using Avx512 = Register<64>::type;
+__attribute__((target("arch=x86-64-v3"))) void panel_avx2(const PanelProducts& p) { any_panel<Avx2, 1>(p); }
+__attribute__((target("arch=x86-64-v3"))) void dots_avx2(const DotProducts& p) { all_dots<Avx2>(p); }
+// 32 registers instead of 16: twice the vectors.
+__attribute__((target("arch=x86-64-v4"))) void panel_avx512(const PanelProducts& p) { any_panel<Avx512, 2>(p); }
+__attribute__((target("arch=x86-64-v4"))) void dots_avx512(const DotProducts& p) { all_dots<Avx512>(p); }
+
+Kernels choose() {
+  if (__builtin_cpu_supports("x86-64-v4")) return {kLanes<Avx512>, 4, panel_avx512, dots_avx512};
+  if (__builtin_cpu_supports("x86-64-v3")) return {kLanes<Avx2>, 2, panel_avx2, dots_avx2};
+  return {kLanes<Portable>, 2, panel_portable, dots_portable};
+}
+#else
+Kernels choose() { return {kLanes<Portable>, 2, panel_portable, dots_portable}; }
+#endif
+
+const Kernels kKernels = choose();
+
+template <int64_t kPixel>
+FASTGAN_INLINE void pack_all_lines(const Lines& l) {
+  constexpr int64_t kStep = 16;
+  for (int64_t line = 0; line < l.lines; ++line) {
+    const float* __restrict__ from = l.from + line * l.line;
+    float* __restrict__ to = l.to + line * l.to_line;
+    const float scale = l.scale;
+    const int64_t pixel = kPixel ? kPixel : l.pixel;
+    for (int64_t i = 0; i < l.pixels; i += kStep) {
+      // The last step overlaps the one before: a remainder one by one would cost more than the line.
+      const int64_t at = l.pixels < kStep ? 0 : std::min(i, l.pixels - kStep), count = std::min(kStep, l.pixels);
+      if (count == kStep) {
+#pragma omp simd
+        for (int64_t j = 0; j < kStep; ++j) to[at + j] = scale * from[(at + j) * pixel];
+      } else {
+        for (int64_t j = 0; j < count; ++j) to[j] = scale * from[j * pixel];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t product_lanes() { return kKernels.lanes; }
+int64_t product_vectors() { return kKernels.vectors; }
+void panel_products(const PanelProducts& p) { kKernels.panel(p); }
+void dot_products(const DotProducts& p) { kKernels.dots(p); }
+
+void pack_panel(const float* from, const int32_t* offsets, int64_t depth, int64_t row_stride, int64_t rows, float* to) {
+  const bool in_order = depth > 0 && offsets[depth - 1] - offsets[0] == depth - 1;
+  for (int64_t r = 0; r < rows; ++r, from += row_stride, to += kPanelStride) {
+    if (in_order) {
+      std::copy_n(from + offsets[0], depth, to);
+    } else {
+      for (int64_t k = 0; k < depth; ++k) to[k] = from[offsets[k]];
+    }
+  }
+}
+
+FASTGAN_MULTIVERSION void pack_lines(const Lines& l) {
+  if (l.pixel == 1) return pack_all_lines<1>(l);
+  if (l.pixel == 2) return pack_all_lines<2>(l);
+  pack_all_lines<0>(l);
+}
+
+FASTGAN_MULTIVERSION void spread_row(const float* __restrict__ from, int64_t stride, float* __restrict__ to,
+                                     int64_t n) {
+  if (stride == 2) {
+    for (int64_t i = 0; i < n; ++i) to[2 * i] = from[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+  }
+}
+
+}  // namespace fastgan

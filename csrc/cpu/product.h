@@ -1,0 +1,68 @@
+// The inner loops of convolutions as matrix products: tiles of sums held in registers, operands addressed through
+// tables.
+//
+// An image in memory is never unfolded into a matrix. Row k of the matrix that im2col would make is the image itself
+// from some offset on, so a product reads it there: offsets[k] + columns[v] is where vector v of row k begins.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgan {
+
+// Floats per register of the instruction set chosen at run time.
+int64_t product_lanes();
+
+// Registers side by side in a tile of panel_products, for panels of more than three rows.
+int64_t product_vectors();
+
+// Weights of one panel: rows, most products, and floats between rows: a constant, so that one register addresses
+// all rows, and an odd number of cache lines, so that they share no set.
+constexpr int64_t kPanelRows = 6, kPanelDepth = 256, kPanelStride = 272;
+
+// sums[r, v * lanes + l] (+)= sum_k weights[r, k] * image[offsets[k] + columns[v] + l].
+struct PanelProducts {
+  const float* weights;  // [rows, kPanelStride], of which `depth` are used
+  int64_t rows;          // 1 ... kPanelRows
+  const int32_t* offsets;
+  int64_t depth;
+  const float* image;
+  const int32_t* columns;
+  int64_t vectors;
+  float* sums;
+  int64_t sums_stride;
+  bool overwrite;  // = instead of +=
+};
+void panel_products(const PanelProducts& p);
+
+// sums[r, c] += sum over lines and pixels of rows[r, line, pixel] * image[columns[c] + line * image_line + pixel].
+struct DotProducts {
+  const float* rows;
+  int64_t row_count, row_stride, row_line;
+  const float* image;
+  const int32_t* columns;
+  int64_t column_count, image_line;
+  int64_t lines, vectors;  // a line is this many whole vectors
+  float* sums;
+  int64_t sums_stride;
+};
+void dot_products(const DotProducts& p);
+
+// to[r, k] = from[r * row_stride + offsets[k]], k < depth <= kPanelDepth, r < rows <= kPanelRows; to is a panel.
+void pack_panel(const float* from, const int32_t* offsets, int64_t depth, int64_t row_stride, int64_t rows, float* to);
+
+// Lines of pixels, `line` and `pixel` apart, scaled and packed: to[l * to_line + i] = scale * from[l * line + i *
+// pixel].
+struct Lines {
+  const float* from;
+  int64_t line, pixel;
+  float scale;
+  int64_t lines, pixels;
+  float* to;
+  int64_t to_line;
+};
+void pack_lines(const Lines& l);
+
+// to[i * stride] = from[i], i < n.
+void spread_row(const float* from, int64_t stride, float* to, int64_t n);
+
+}  // namespace fastgan

@@ -1,0 +1,21 @@
+// Dense convolutions of float images through Winograd's minimal filtering: a third to a half of the products.
+#pragma once
+
+#include <optional>
+
+#include "conv_geometry.h"
+#include "epilogue.h"
+
+namespace fastgan {
+
+// The tile size m of F(m x m, r x r) that the call should use, r being 2 or 3; 0 where it should not.
+//
+// Every plane and phase of the call (conv_plan.h) needs a kernel of 2, 3 or 4 taps each way: 3x3, 4x4 of stride 1 and
+// 2, 6x6 of stride 2, and their transposes.
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+
+// What direct_conv does, with tiles of m x m. Error: at most 1e-5 of the largest result (m = 4), 2e-6 (m = 2, 3).
+void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+                   int64_t m, const PlaneEpilogue& epilogue, float* saved, float* y);
+
+}  // namespace fastgan
