@@ -156,10 +156,10 @@ def test_nan_of_one_pixel_reaches_what_its_taps_reach():
 
 
 def test_what_is_left_to_torch():
-    """One pixel above the bound, a kernel above its own, a weight in channels_last and an empty batch; but not half
-    precision, which is widened before."""
-    weight = torch.randn(3, 2, 3, 3)
-    at, above = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 3, 11)
+    """More pixels than our products win at, a weight in channels_last and an empty batch; but not half precision, which
+    is widened before."""
+    weight = torch.randn(9, 10, 3, 3)
+    at, above = torch.randn(1, 10, 4, 8), torch.randn(1, 10, 13, 11)
     for transposed in (False, True):
         w = weight.transpose(0, 1).contiguous() if transposed else weight
         assert not runs_torch(at, w, padding=1, transposed=transposed)
@@ -168,8 +168,7 @@ def test_what_is_left_to_torch():
         last = w.contiguous(memory_format=torch.channels_last)
         assert runs_torch(at, last, padding=1, transposed=transposed)
         assert runs_torch(at[:0], w, padding=1, transposed=transposed)
-        assert not runs_torch(at, torch.randn(2, 2, 8, 8), stride=2, padding=4, transposed=transposed)
-        assert runs_torch(at, torch.randn(2, 2, 8, 9), stride=2, padding=4, transposed=transposed)
+        assert not runs_torch(at, torch.randn(10, 10, 8, 8), stride=2, padding=4, transposed=transposed)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
