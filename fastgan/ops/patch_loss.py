@@ -259,6 +259,8 @@ def _constant(name: str, value: Any) -> float:
 
 def _as_maps(name: str, maps: Maps) -> Sequence[Tensor]:
     """The maps of one side; none for None."""
+    if type(maps) is list and maps:
+        return maps
     if maps is None:
         return ()
     if isinstance(maps, Tensor):
@@ -267,7 +269,7 @@ def _as_maps(name: str, maps: Maps) -> Sequence[Tensor]:
         raise TypeError(f"patch_loss: {name} must be a Tensor, a list of Tensors or None, got {type(maps).__name__}")
     if not maps:
         raise ValueError(f"patch_loss: {name} must hold at least one map, got an empty list")
-    return maps if isinstance(maps, list) else list(maps)
+    return list(maps)
 
 
 def _check_sides(real: Sequence[Tensor], fake: Sequence[Tensor], side: str, paired: bool) -> Tensor:
