@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 
@@ -132,19 +133,6 @@ def test_gradcheck_and_gradgradcheck(mode, side, paired, kernel):
     inputs = (*[x.detach() for x in real], *fake) if ignored else (*real, *fake)
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
-
-
-def use_plain_kernels(monkeypatch) -> None:
-    """Run the fallbacks that serve devices without a kernel, through the same autograd."""
-    for name, plain in (
-        ("_forward", _patch_loss._forward_plain),
-        ("_bwd", _patch_loss._bwd_plain),
-        ("_bwd_bwd", _patch_loss._bwd_bwd_plain),
-    ):
-        overload = getattr(_patch_loss, name)
-        library = torch.library.Library("fastgan", "IMPL")
-        library.impl(overload._opname, plain, "CPU", allow_override=True)
-        monkeypatch.setattr(_patch_loss, f"{name}_override_for_test", library, raising=False)
 
 
 @needs_cpp
@@ -368,6 +356,64 @@ def test_gradients_of_a_retained_graph_are_fresh():
         torch.testing.assert_close(c, 3 * b)
 
 
+def check_against_reference(real, fake, **options) -> None:
+    wide = [[x.double() for x in maps] for maps in (real, fake)]
+    actual = value_and_gradients(lambda r, f: ops.patch_loss(r, f, **options).loss, real, fake)
+    expected = value_and_gradients(lambda r, f: ops.patch_loss(r, f, **options, backend="reference").loss, *wide)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=3e-6, atol=1e-8)
+
+
+@needs_cpp
+def test_a_kept_plan_serves_only_its_own_signature():
+    """A call that differs from an earlier one in one thing alone gets its own answer."""
+    real, fake = make_maps(22), make_maps(23)
+    for paired in (False, True):
+        check_against_reference(real, fake, paired=paired)
+        check_against_reference([x.to(memory_format=torch.channels_last) for x in real], fake, paired=paired)
+        check_against_reference([layouts(x)["sliced"] for x in real], fake, paired=paired)
+        check_against_reference([x[:2] for x in real], [x[:2] for x in fake], paired=paired)
+        for dtype in (torch.float64, torch.float32):
+            check_against_reference([x.to(dtype) for x in real], [x.to(dtype) for x in fake], paired=paired)
+    for options in (
+        {"real_target": 0.8},
+        {"fake_target": 0.1},
+        {"map_weight": [1.0, 2.0]},
+        {"map_weight": [2.0, 1.0]},
+        {"over_maps": "sum"},
+        {"sample_weight": torch.tensor([1.0, 2.0, 3.0])},
+        {"sample_weight": torch.tensor([3.0, 2.0, 1.0])},
+        {"mode": "hinge"},
+        {"side": "generator"},
+    ):
+        check_against_reference(real, fake, **options)
+    check_against_reference(real[:1], fake[:1])
+    # The same maps, on which side a gradient is wanted and whether any is recorded.
+    for wanted_real, wanted_fake in ((False, True), (True, False), (True, True)):
+        maps = leaves(real) if wanted_real else real, leaves(fake) if wanted_fake else fake
+        for detached in (False, True):
+            with torch.set_grad_enabled(not detached):
+                assert ops.patch_loss(*maps).loss.requires_grad is not detached
+        wanted = [x for side in maps for x in side if x.requires_grad]
+        assert all(float(g.abs().max()) > 0 for g in torch.autograd.grad(ops.patch_loss(*maps).loss, wanted))
+    with fastgan.backend("reference"), CountOps() as count:
+        ops.patch_loss(real, fake)
+    assert "fastgan.patch_loss" not in count.calls
+    with CountOps() as count:
+        ops.patch_loss(real, fake)
+    assert count.calls["fastgan.patch_loss"] == 1
+
+
+@needs_cpp
+def test_kept_plans_are_bounded(monkeypatch):
+    module = importlib.import_module("fastgan.ops.patch_loss")
+    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module, "_PLANS_MOST", 3)
+    for n in range(1, 9):
+        ops.patch_loss(torch.zeros(n, 2), None)
+        assert 0 < len(module._plans) <= 3
+
+
 def test_backend_choice_is_explained():
     decision = fastgan.explain("patch_loss", torch.zeros(1, 1, 2, 2), None, backend="reference")
     assert decision.backend == "reference"
@@ -381,6 +427,7 @@ X = torch.zeros(2, 1, 3, 3)
     ("arguments", "options", "message"),
     [
         ((X, X), {"mode": "bce"}, "patch_loss: mode must be one of vanilla, lsgan, wgan, hinge, got 'bce'"),
+        ((X, X), {"mode": ["vanilla"]}, "patch_loss: mode must be one of vanilla, lsgan, wgan, hinge, got ['vanilla']"),
         ((X, X), {"side": "d"}, "patch_loss: side must be one of critic, generator, got 'd'"),
         ((X, X), {"over_maps": "max"}, "patch_loss: over_maps must be one of mean, sum, got 'max'"),
         ((None, None), {}, "patch_loss: real or fake must be a map or maps, got None for both"),
@@ -425,6 +472,8 @@ def test_types():
         ops.patch_loss(3, X)
     with pytest.raises(TypeError, match=r"patch_loss: fake\[1\] must be a Tensor, got float"):
         ops.patch_loss([X, X], [X, 1.0])
+    with pytest.raises(TypeError, match=r"map_weight must be a list of floats, a Tensor or None, got float"):
+        ops.patch_loss(X, X, map_weight=2.0)
 
 
 def test_reference_has_third_order():

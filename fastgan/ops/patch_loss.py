@@ -101,60 +101,114 @@ def patch_loss(
     Source: Goodfellow et al. 2014 (vanilla, non-saturating); Mao et al. 2017 eq. 2 (lsgan, without ½); Arjovsky et al.
     2017 (wgan); Lim and Ye 2017 (hinge); Jolicoeur-Martineau 2018 and Huang et al. 2024, R3GAN, eq. 2 (paired).
     """
-    if mode not in MODES or side not in SIDES or over_maps not in ("mean", "sum"):
-        _check.one_of("patch_loss", "mode", mode, MODES)
-        _check.one_of("patch_loss", "side", side, SIDES)
-        _check.one_of("patch_loss", "over_maps", over_maps, ("mean", "sum"))
-    real_target, fake_target = _constant("real_target", real_target), _constant("fake_target", fake_target)
-    reals = _as_maps("real", real) if side == "critic" or paired else None
+    if type(real_target) is not float or type(fake_target) is not float:
+        real_target, fake_target = _constant("real_target", real_target), _constant("fake_target", fake_target)
+    reals = _as_maps("real", real) if side == "critic" or paired else ()
     fakes = _as_maps("fake", fake)
-    first = _check_sides(reals, fakes, side, paired)
-    scale = _map_scale(map_weight, over_maps, len(reals or fakes))
-    if sample_weight is not None:
-        _check_sample_weight(sample_weight, first, reals, fakes)
-
-    if backends.choose("patch_loss", backend, _CAN_RUN, first.device, first.dtype) == "reference":
-        result = reference.patch_loss(
-            reals,
-            fakes,
-            mode=mode,
-            side=side,
-            real_target=real_target,
-            fake_target=fake_target,
-            sample_weight=sample_weight,
-            map_scale=scale,
-            paired=paired,
-        )
+    weights = None if map_weight is None else _map_weights(map_weight)
+    options = (mode, side, over_maps, real_target, fake_target, weights, paired, backend)
+    plan = _find_plan(reals, fakes, sample_weight, options)
+    if plan.reference is not None:
+        maps = list(reals) or None, list(fakes) or None
+        result = PatchLoss(*reference.patch_loss(*maps, sample_weight=sample_weight, **plan.reference))
     else:
-        form, anchors = _form(mode, side, real_target, fake_target, paired)
-        cut = reference.threshold(mode, real_target, fake_target) if not paired else 0.0
-        result = _run(reals, fakes, sample_weight, scale, form, anchors, cut, paired)
-    _check.no_nan("patch_loss", result[0])
-    return PatchLoss(*result)
+        result = _run(reals, fakes, sample_weight, plan)
+    if _check.DEBUG:
+        _check.no_nan("patch_loss", result.loss)
+    return result
 
 
-def _run(
-    real: list[Tensor] | None,
-    fake: list[Tensor] | None,
-    sample_weight: Tensor | None,
-    scale: list[float],
-    form: str,
-    anchors: tuple[float, float],
-    cut: float,
-    paired: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    reals, fakes = _dense(real or []), _dense(fake or [])
-    if paired:
-        _align(reals, fakes)
-    if sample_weight is not None:
-        sample_weight = sample_weight.to(_check.accumulate_dtype((reals or fakes)[0].dtype)).contiguous()
-    record = torch.is_grad_enabled()
-    real_slopes = record and any([x.requires_grad for x in reals])
-    fake_slopes = record and any([x.requires_grad for x in fakes])
-    loss, real_accuracy, fake_accuracy, _ = _patch_loss.forward(
-        reals, fakes, sample_weight, scale, form, *anchors, cut, paired, real_slopes, fake_slopes
+class _Plan(NamedTuple):
+    """What follows from a call's signature alone, and so is worked out once."""
+
+    reference: dict[str, Any] | None  # the reference's keyword arguments; None for the op
+    setting: tuple  # the op's arguments behind its tensors; for the reference ()
+    copies: bool  # some map is neither contiguous nor channels_last, or a pair differs in memory order
+    paired: bool
+    compute: torch.dtype  # of a sample weight
+
+
+# A critic asks the same few questions in every step, and checking one costs more than a small map's loss. Cleared when
+# shapes that keep changing have filled it.
+_plans: dict[tuple, _Plan] = {}
+_PLANS_MOST = 4096
+
+
+def _find_plan(real: Sequence[Tensor], fake: Sequence[Tensor], sample_weight: Tensor | None, options: tuple) -> _Plan:
+    """The plan of a call; raises for one that is wrong."""
+    if torch.compiler.is_compiling():
+        return _make_plan(real, fake, sample_weight, *options)
+    signature = (
+        options,
+        torch.is_grad_enabled(),
+        backends.override(),
+        len(real),
+        # Not strides alone: making them is the dearest part, and of a contiguous map they say nothing new.
+        *[
+            (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device, x.requires_grad)
+            if isinstance(x, Tensor)
+            else type(x)
+            for x in (*real, *fake, sample_weight)
+        ],
     )
-    return loss, real_accuracy if real else None, fake_accuracy if fake else None
+    try:
+        plan = _plans.get(signature)
+    except TypeError:  # an option that cannot be hashed: the checks say what is wrong with it
+        return _make_plan(real, fake, sample_weight, *options)
+    if plan is None:
+        plan = _make_plan(real, fake, sample_weight, *options)
+        if len(_plans) >= _PLANS_MOST:
+            _plans.clear()
+        _plans[signature] = plan
+    return plan
+
+
+def _make_plan(
+    real: Sequence[Tensor],
+    fake: Sequence[Tensor],
+    sample_weight: Tensor | None,
+    mode: str,
+    side: str,
+    over_maps: str,
+    real_target: float,
+    fake_target: float,
+    weights: tuple[float, ...] | None,
+    paired: bool,
+    backend: str | None,
+) -> _Plan:
+    _check.one_of("patch_loss", "mode", mode, MODES)
+    _check.one_of("patch_loss", "side", side, SIDES)
+    _check.one_of("patch_loss", "over_maps", over_maps, ("mean", "sum"))
+    first = _check_sides(real, fake, side, paired)
+    if sample_weight is not None:
+        _check_sample_weight(sample_weight, first, real, fake)
+    count = len(real or fake)
+    share = 1.0 / count if over_maps == "mean" else 1.0
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"patch_loss: map_weight must be [maps] = [{count}], got [{len(weights)}]")
+    scale = [share * weight for weight in weights or [1.0] * count]
+    compute = _check.accumulate_dtype(first.dtype)
+    if backends.choose("patch_loss", backend, _CAN_RUN, first.device, first.dtype) == "reference":
+        keywords = {"mode": mode, "side": side, "real_target": real_target, "fake_target": fake_target}
+        return _Plan({**keywords, "map_scale": scale, "paired": paired}, (), False, paired, compute)
+    form, anchors = _form(mode, side, real_target, fake_target, paired)
+    cut = reference.threshold(mode, real_target, fake_target) if not paired else 0.0
+    record = torch.is_grad_enabled()
+    slopes = [record and any([x.requires_grad for x in maps]) for maps in (real, fake)]
+    copies = not all([_is_dense(x) for x in (*real, *fake)])
+    copies = copies or (paired and any([r.stride() != f.stride() for r, f in zip(real, fake, strict=True)]))
+    return _Plan(None, (scale, form, *anchors, cut, paired, *slopes), copies, paired, compute)
+
+
+def _run(real: Sequence[Tensor], fake: Sequence[Tensor], sample_weight: Tensor | None, plan: _Plan) -> PatchLoss:
+    if plan.copies:
+        real, fake = _dense(real), _dense(fake)
+        if plan.paired:
+            _align(real, fake)
+    if sample_weight is not None:
+        sample_weight = sample_weight.to(plan.compute).contiguous()
+    loss, real_accuracy, fake_accuracy, _ = _patch_loss.forward(real, fake, sample_weight, *plan.setting)
+    return PatchLoss(loss, real_accuracy if real else None, fake_accuracy if fake else None)
 
 
 def _form(
@@ -181,14 +235,13 @@ def _form(
     return "hinge", (-1.0, 1.0)
 
 
-def _dense(maps: list[Tensor]) -> list[Tensor]:
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _dense(maps: Sequence[Tensor]) -> list[Tensor]:
     """The maps, with a copy in place of one that is neither contiguous nor channels_last."""
-    return [
-        x
-        if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        else x.contiguous()
-        for x in maps
-    ]
+    return [x if _is_dense(x) else x.contiguous() for x in maps]
 
 
 def _align(real: list[Tensor], fake: list[Tensor]) -> None:
@@ -204,9 +257,12 @@ def _constant(name: str, value: Any) -> float:
     return float(value)
 
 
-def _as_maps(name: str, maps: Maps) -> list[Tensor] | None:
+def _as_maps(name: str, maps: Maps) -> Sequence[Tensor]:
+    """The maps of one side; none for None."""
+    if type(maps) is list and maps:
+        return maps
     if maps is None:
-        return None
+        return ()
     if isinstance(maps, Tensor):
         return [maps]
     if not isinstance(maps, Sequence):
@@ -216,21 +272,17 @@ def _as_maps(name: str, maps: Maps) -> list[Tensor] | None:
     return list(maps)
 
 
-def _check_sides(real: list[Tensor] | None, fake: list[Tensor] | None, side: str, paired: bool) -> Tensor:
+def _check_sides(real: Sequence[Tensor], fake: Sequence[Tensor], side: str, paired: bool) -> Tensor:
     """Check all maps; the first of them."""
-    if real is None or fake is None:
+    if not real or not fake:
         _check_missing(real, fake, side, paired)
     elif len(real) != len(fake):
         raise ValueError(f"patch_loss: fake must have as many maps as real = {len(real)}, got {len(fake)}")
-    maps = [*(real or ()), *(fake or ())]
-    first = maps[0]
+    first = (real or fake)[0]
     _check.tensor("patch_loss", "real[0]" if real else "fake[0]", first)
-    dtype, device = first.dtype, first.device
-    for i, x in enumerate(maps):
-        # What every call of a training step passes: the reasons why something else does not are looked up afterwards.
-        if not (isinstance(x, Tensor) and x.dtype is dtype and x.device == device and x.ndim and x.numel()):
-            name = f"real[{i}]" if i < len(real or ()) else f"fake[{i - len(real or ())}]"
-            _check_map(name, x, first)
+    for name, maps in (("real", real), ("fake", fake)):
+        for i, x in enumerate(maps):
+            _check_map(f"{name}[{i}]", x, first)
     if paired:
         for i, (r, f) in enumerate(zip(real, fake, strict=True)):
             if r.shape != f.shape:
@@ -238,13 +290,13 @@ def _check_sides(real: list[Tensor] | None, fake: list[Tensor] | None, side: str
     return first
 
 
-def _check_missing(real: list[Tensor] | None, fake: list[Tensor] | None, side: str, paired: bool) -> None:
+def _check_missing(real: Sequence[Tensor], fake: Sequence[Tensor], side: str, paired: bool) -> None:
     if paired:
-        name, other = ("real", "fake") if real is None else ("fake", "real")
+        name, other = ("real", "fake") if not real else ("fake", "real")
         raise ValueError(f"patch_loss: {name} must be a map or maps, since paired compares it with {other}, got None")
-    if fake is None and side == "generator":
+    if not fake and side == "generator":
         raise ValueError("patch_loss: fake must be a map or maps for side='generator', got None")
-    if fake is None and real is None:
+    if not fake and not real:
         raise ValueError("patch_loss: real or fake must be a map or maps, got None for both")
 
 
@@ -260,28 +312,26 @@ def _check_map(name: str, x: object, first: Tensor) -> None:
         )
 
 
-def _map_scale(map_weight: Sequence[float] | Tensor | None, over_maps: str, count: int) -> list[float]:
-    share = 1.0 / count if over_maps == "mean" else 1.0
-    if map_weight is None:
-        return [share] * count
+def _map_weights(map_weight: Any) -> tuple[float, ...]:
     if isinstance(map_weight, Tensor):
         if map_weight.requires_grad:
             raise ValueError("patch_loss: map_weight must be a constant, got a tensor that requires grad")
         map_weight = map_weight.tolist()
-    if not isinstance(map_weight, Sequence) or len(map_weight) != count:
-        got = len(map_weight) if isinstance(map_weight, Sequence) else type(map_weight).__name__
-        raise ValueError(f"patch_loss: map_weight must be [maps] = [{count}], got [{got}]")
-    return [float(weight) * share for weight in map_weight]
+    if not isinstance(map_weight, Sequence):
+        raise TypeError(
+            f"patch_loss: map_weight must be a list of floats, a Tensor or None, got {type(map_weight).__name__}"
+        )
+    return tuple([float(weight) for weight in map_weight])
 
 
-def _check_sample_weight(weight: Tensor, first: Tensor, real: list[Tensor] | None, fake: list[Tensor] | None) -> None:
+def _check_sample_weight(weight: Tensor, first: Tensor, real: Sequence[Tensor], fake: Sequence[Tensor]) -> None:
     _check.tensor("patch_loss", "sample_weight", weight, ndim=1)
     if weight.requires_grad:
         raise ValueError("patch_loss: sample_weight must be a constant, got a tensor that requires grad")
     if weight.device != first.device:
         raise ValueError(f"patch_loss: sample_weight must be on {first.device} like the maps, got {weight.device}")
     for name, maps in (("real", real), ("fake", fake)):
-        for i, x in enumerate(maps or ()):
+        for i, x in enumerate(maps):
             if x.shape[0] != weight.shape[0]:
                 raise ValueError(
                     f"patch_loss: sample_weight must be [N] of {name}[{i}] = [{x.shape[0]}], got {list(weight.shape)}"
