@@ -23,6 +23,35 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def patched_once() -> Iterator[None]:
+    """Replace triton.language by NumPy once per launch and module.
+
+    The interpreter does it again for every call of a device function inside a kernel, which takes ten times as long as
+    what the function computes, and changes nothing: the language is replaced already while a kernel runs.
+    """
+    from triton.runtime import interpreter
+
+    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: dict[int, Any] = {}
+
+    def run_patched(executor: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        run(executor, *args, **kwargs)
+
+    def patch_once(fn: Any) -> Any:
+        # By module: Triton's own functions see other names of the language than a kernel does.
+        module = id(fn.__globals__)
+        if module not in patched:
+            patched[module] = patch(fn)
+        return patched[module]
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch_once)
+        context.setattr(interpreter.GridExecutor, "__call__", run_patched)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Uninitialised tensors hold NaN, seeds are fixed."""
