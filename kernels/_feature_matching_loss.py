@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgan.kernels._reduce import arrive, load_block, select_number, select_pointer, store_block, sum_range, wide
+from ._reduce import arrive, load_block, select_number, select_pointer, store_block, sum_range, wide
 
 # The table: per program map, first element, end, end of whole aligned blocks, where the map's signs start; then how
 # element e finds its mask: (e // a) · b + (e % a) % c. That is a sample's elements, its pixels and its pixels again for
@@ -238,7 +238,7 @@ def second_kernel(
     MAPS: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, FAKE: tl.constexpr, REAL: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of backward_kernel: by the maps, cotangent · grad_loss · factor · mask · ρ''; by grad_loss, a sum."""
+    """Gradient of backward_kernel: cotangent · grad_loss · factor · mask · ρ'' for the maps, a sum for grad_loss."""
     record_ptr = table_ptr + tl.program_id(0) * _FIELDS
     number = tl.load(record_ptr)
     start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgan.kernels._reduce import arrive, load_block, select_number, select_pointer, store_block, sum_range
+from ._reduce import arrive, load_block, select_number, select_pointer, store_block, sum_range
 
 # The table: per program entry, first element, end, end of whole aligned blocks, elements per sample, where the slopes
 # of its entry start (-1: nobody wants them).
@@ -281,7 +281,7 @@ def second_kernel(
     ENTRIES: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of backward_kernel: by its maps, factor · w · grad_loss · cotangent · f''; by grad_loss, a sum."""
+    """The gradient of backward_kernel: by its maps, factor · w · grad_loss · cotangent · f''; by grad_loss a sum."""
     record_ptr = table_ptr + tl.program_id(0) * _FIELDS
     entry = tl.load(record_ptr)
     start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)

@@ -48,7 +48,7 @@ def arrive(counter_ptr, total):
 
 @triton.jit
 def select_pointer(pointers, index, COUNT: tl.constexpr):
-    """``pointers[index]`` of a tuple of pointers for an index that is known only at run time, 16-byte aligned or not."""
+    """``pointers[index]`` of a tuple of pointers for an index that is known only at run time."""
     address = pointers[0].to(tl.int64)
     for i in tl.static_range(1, COUNT):
         address = tl.where(index == i, pointers[i].to(tl.int64), address)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgan.kernels._reduce import arrive, below, both, select_pointer, sum_range, wide
+from ._reduce import arrive, below, both, select_pointer, sum_range, wide
 
 # The table: one row of int64 per layer, then the layer of each program.
 FIELDS = (
@@ -76,9 +76,7 @@ def _load_x(layer_ptr, x_ptr, b, COLUMNS: tl.constexpr, STRAIGHT: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
-    layer_ptr, a, b, DTYPE: tl.constexpr, HOOK: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr
-):
+def _load_tile(layer_ptr, a, b, DTYPE: tl.constexpr, HOOK: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr):
     """W at owned indices ``a`` [S] and spanned indices ``b`` [C]: float32 [S, C], 0 outside.
 
     FAST is the axis of the tile along which memory runs and VECTOR how many elements are together, aligned, in one
@@ -95,9 +93,7 @@ def _load_tile(
         + outer * _field(layer_ptr, _OUTER_STRIDE)
         + inner * _field(layer_ptr, _INNER_STRIDE)
     )
-    mask = (
-        (r < _field(layer_ptr, _ROWS)) & (outer < _field(layer_ptr, _OUTER)) & (inner < _field(layer_ptr, _INNER))
-    )
+    mask = (r < _field(layer_ptr, _ROWS)) & (outer < _field(layer_ptr, _OUTER)) & (inner < _field(layer_ptr, _INNER))
     pointers = tl.load(layer_ptr + _WEIGHT).to(tl.pointer_type(DTYPE)) + offset
     # Without a vector a run of two elements is still claimed, unaligned: no load gets wider by it, but the compiler
     # learns along which axis to place neighbouring threads.
@@ -207,9 +203,7 @@ def _norm(squares, eps):
 
 
 @triton.jit
-def _finish(
-    layer_ptr, sigma_ptr, u_ptr, v_ptr, first_ptr, partial_ptr, stride, count, eps, HOOK: tl.constexpr
-):
+def _finish(layer_ptr, sigma_ptr, u_ptr, v_ptr, first_ptr, partial_ptr, stride, count, eps, HOOK: tl.constexpr):
     """Add the partial second products, normalise both vectors, write u, v and σ: the layer's last program."""
     owned, spanned = _field(layer_ptr, _OWNED), _field(layer_ptr, _SPANNED)
     u_out, v_out = u_ptr + tl.load(layer_ptr + _U_START), v_ptr + tl.load(layer_ptr + _V_START)
@@ -315,7 +309,16 @@ def sigma_kernel(
                 _store_partial(group_ptr, b, _add_partials(group_ptr, stride, size, b, spanned), spanned)
             if arrive(counter_ptr, groups):
                 _finish(
-                    layer_ptr, sigma_ptr + layer, u_ptr, v_ptr, first_ptr, partial_ptr, stride * group, groups, eps, HOOK
+                    layer_ptr,
+                    sigma_ptr + layer,
+                    u_ptr,
+                    v_ptr,
+                    first_ptr,
+                    partial_ptr,
+                    stride * group,
+                    groups,
+                    eps,
+                    HOOK,
                 )
 
 

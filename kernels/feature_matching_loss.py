@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels import _reduce
-from fastgan.kernels._feature_matching_loss import backward_kernel, forward_kernel, second_kernel
-from fastgan.kernels._launch import Launch
-from fastgan.kernels._reduce import ELEMENT_TYPES, VECTOR_BYTES
+from . import _reduce
+from ._feature_matching_loss import backward_kernel, forward_kernel, second_kernel
+from ._launch import Launch
+from ._reduce import ELEMENT_TYPES, VECTOR_BYTES
 
 _BLOCK = 2048  # sixteen elements for each of 128 threads, eight blocks of 256 signs
 _PROGRAMS = 2048  # some sixteen for each of 128 multiprocessors; the last one adds as many partial sums
@@ -258,9 +258,7 @@ def feature_matching_loss_bwd_bwd(
     """fastgan::feature_matching_loss_bwd_bwd in one launch; NotImplemented as feature_matching_loss."""
     if not _can_run(fake, real):
         return NotImplemented
-    results, launch = plan_second(
-        cotangents, grad_loss, signs, factors, fake, real, masks, kind, want_fake, want_real
-    )
+    results, launch = plan_second(cotangents, grad_loss, signs, factors, fake, real, masks, kind, want_fake, want_real)
     launch.run()
     return results
 

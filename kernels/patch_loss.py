@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels import _reduce
-from fastgan.kernels._launch import Launch
-from fastgan.kernels._patch_loss import backward_kernel, forward_kernel, second_kernel
-from fastgan.kernels._reduce import ELEMENT_TYPES, VECTOR_BYTES
+from . import _reduce
+from ._launch import Launch
+from ._patch_loss import backward_kernel, forward_kernel, second_kernel
+from ._reduce import ELEMENT_TYPES, VECTOR_BYTES
 
 _BLOCK = 1024  # eight elements for each of 128 threads: one 16-byte load of a half map, two of a float32 one
 _PROGRAMS = 1024  # some eight for each of 128 multiprocessors; the last one adds as many partial sums
@@ -331,9 +331,7 @@ def shipped() -> Iterator[tuple[str, list[Launch]]]:
         ):
             name = f"3 x 30x30, batch 16, {str(dtype).removeprefix('torch.')}, {label}"
             scale = [1.0 / 3.0] * 3
-            results, launch = plan_forward(
-                real, fake, samples, scale, form, *anchors, 0.0, paired, True, True
-            )
+            results, launch = plan_forward(real, fake, samples, scale, form, *anchors, 0.0, paired, True, True)
             yield f"{name}: forward", [launch]
             setting = (grad_loss, results[3], real, fake, samples, scale, form, paired, True, True)
             yield f"{name}: backward", [plan_backward(*setting)[1]]

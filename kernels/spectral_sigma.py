@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels import _reduce
-from fastgan.kernels._launch import Launch
-from fastgan.kernels._reduce import ELEMENT_TYPES, VECTOR_BYTES
-from fastgan.kernels._spectral_sigma import FIELDS, gradient_kernel, sigma_kernel
+from . import _reduce
+from ._launch import Launch
+from ._reduce import ELEMENT_TYPES, VECTOR_BYTES
+from ._spectral_sigma import FIELDS, gradient_kernel, sigma_kernel
 
 _TILE = 8192  # elements of W that a program holds at once: 16 registers of each of its 512 threads
 _WARPS = 16
@@ -98,8 +98,8 @@ def _matrix(shape: Sequence[int], strides: Sequence[int], dim: int) -> _Matrix |
 
 
 def _kind(matrix: _Matrix, hook: bool, vector: int, straight: bool) -> tuple[int, int, int, int, bool, bool]:
-    """(S, C, FAST, VECTOR, STRAIGHT, long) of sigma_kernel: a tile's spanned extent, its fast axis, and how wide loads may
-    be of the weight and, where u and v are aligned (``straight``), of the vector beside it.
+    """(S, C, FAST, VECTOR, STRAIGHT, long) of sigma_kernel: a tile's owned and spanned extent, its fast axis, and how
+    wide loads may be of the weight and, where u and v are aligned (``straight``), of the vector beside it.
     """
     by_rows = matrix.columns == 1 or (matrix.rows > 1 and matrix.row_stride < matrix.inner_stride)
     # Axis 1 of a tile is the spanned one: columns, or rows in the hook's order.
@@ -181,11 +181,7 @@ def _plan(
         u_start, v_start = u_start + matrix.rows, v_start + matrix.columns
     owners = [layer for layer, row in enumerate(fields) for _ in range(row["programs"])]
     table = _reduce.device_table([row[name] for row in fields for name in FIELDS] + owners, weights[0].device)
-    return _Plan(
-        table, len(weights), programs, workspace, counters, tuple(kinds), elements, u_start, v_start
-    )
-
-
+    return _Plan(table, len(weights), programs, workspace, counters, tuple(kinds), elements, u_start, v_start)
 
 
 _plans: _reduce.Tables[_Plan] = _reduce.Tables()

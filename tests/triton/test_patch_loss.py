@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from fastgan.kernels._launch import recorded
 from helpers import FLOORS, assert_close_to_float64, layouts
 from torch import Tensor
 
@@ -13,7 +14,6 @@ import fastgan
 from fastgan import ops
 from fastgan.kernels import _reduce
 from fastgan.kernels import patch_loss as kernels
-from fastgan.kernels._launch import recorded
 
 MODES = ("vanilla", "lsgan", "wgan", "hinge")
 FORMS = list(itertools.product(MODES, ("critic", "generator"), (False, True)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastgan.kernels._launch import recorded
 from helpers import FLOORS
 from torch import Tensor
 
 import fastgan
 from fastgan.kernels import _reduce
 from fastgan.kernels import spectral_sigma as kernels
-from fastgan.kernels._launch import recorded
 from fastgan.ops import spectral_sigma
 from fastgan.reference import spectral_sigma as reference
 
