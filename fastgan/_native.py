@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 
 _HERE = Path(__file__).resolve().parent
+
+# Triton reads the same variable when it is imported: its kernels then run on CPU tensors, through NumPy. The CPU
+# belongs to them for the life of such a process, which is what their tests want, so the C++ kernels stay out.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Library -> (file, the entry of the build information that says why it was left out).
 _LIBRARIES = {"cpu": ("libfastgan_cpu.so", "cpp_reason"), "cuda": ("libfastgan_cuda.so", "cuda_reason")}
@@ -69,6 +74,8 @@ def load_library(name: str, folder: Path, info: dict[str, Any] | None) -> Librar
         return LibraryStatus(path, "not built")
     if info[reason_key] is not None:
         return LibraryStatus(path, f"not built: {info[reason_key]}")
+    if name == "cpu" and TRITON_INTERPRETED:
+        return LibraryStatus(path, "TRITON_INTERPRET=1 gives the CPU to Triton's interpreter")
     if name == "cuda" and torch.version.cuda is None:
         return LibraryStatus(path, f"torch {torch.__version__} is built without CUDA")
     reason = misfit(info, torch.__version__)

@@ -9,6 +9,7 @@ run raises with the reason; the automatic choice takes the next backend and logs
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import threading
@@ -27,6 +28,8 @@ DEFAULT_ORDER = ("cuda", "triton", "cpp", "reference")
 
 # Loaded here, once: a call through functools.cache on every op would cost time and stop torch.compile's tracing.
 _LIBRARIES = _native.load()
+# Triton itself is imported with the first kernel that runs: it costs as much as the rest of the package together.
+_TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def _checked(name: str, source: str) -> str:
@@ -170,6 +173,18 @@ def cpp_can_run(device: torch.device, dtype: torch.dtype, **facts: Any) -> str |
     return _LIBRARIES["cpu"].reason
 
 
+def triton_can_run(device: torch.device, dtype: torch.dtype, **facts: Any) -> str | None:
+    """The Triton backend's common conditions: Triton is there, CUDA tensors (CPU ones under its interpreter), a dtype
+    it computes in."""
+    served = "cpu" if _native.TRITON_INTERPRETED else "cuda"
+    if device.type != served:
+        hint = "" if _native.TRITON_INTERPRETED else "; TRITON_INTERPRET=1 runs it on cpu tensors, slowly"
+        return f"it runs on {served} tensors, got {device.type}{hint}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, got {dtype}"
+    return _TRITON_MISSING
+
+
 def available() -> dict[str, str | None]:
     """Backend name -> None if it can be used on this machine, else the reason why not."""
     gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
@@ -177,7 +192,7 @@ def available() -> dict[str, str | None]:
     return {
         "reference": None,
         "cpp": _LIBRARIES["cpu"].reason,
-        "triton": gpu or no_kernels,
+        "triton": _TRITON_MISSING or (None if _native.TRITON_INTERPRETED else gpu),
         "cuda": gpu or _LIBRARIES["cuda"].reason or no_kernels,
     }
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# They need a process of their own, which test_triton_interpreted.py gives them.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton"]
 
 
 @pytest.fixture

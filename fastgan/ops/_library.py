@@ -6,11 +6,14 @@ implementation and serves any device. A compiled or Triton kernel registered for
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastgan._native import TRITON_INTERPRETED
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
 
@@ -24,6 +27,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     differentiable_results: int = 1,
+    triton: str | None = None,
 ) -> Callable[..., Any]:
     """Define ``fastgan::name`` and return the function to call it with.
 
@@ -39,9 +43,14 @@ def define(
             asked for. For a Tensor[] argument it holds a list, and the gradient is a list or None; of a Tensor[]
             result, the gradients come as one list.
         differentiable_results: how many results, counted from the first, have a gradient.
+        triton: "module.function" under fastgan.kernels: the launcher of the op's Triton kernel, which takes the op's
+            arguments and returns its results, or NotImplemented where the fallback has to serve (a dtype or an option
+            that the kernel does not know).
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    if triton is not None:
+        LIBRARY.impl(name, _TritonKernel(triton, fallback), "CPU" if TRITON_INTERPRETED else "CUDA")
     torch.library.register_fake(f"fastgan::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.fastgan, name).default
     _keep_autocast_out(op)
@@ -65,6 +74,21 @@ def define(
         backward=flat_backward,
         differentiable_results=differentiable_results,
     )
+
+
+class _TritonKernel:
+    """Calls a launcher of fastgan.kernels, which is imported, and Triton with it, on the first call."""
+
+    def __init__(self, path: str, fallback: Callable[..., Any]) -> None:
+        self.module, _, self.function = path.rpartition(".")
+        self.fallback = fallback
+        self.launch: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.launch is None:
+            self.launch = getattr(importlib.import_module(f"fastgan.kernels.{self.module}"), self.function)
+        result = self.launch(*args)
+        return self.fallback(*args) if result is NotImplemented else result
 
 
 class _TensorSlots:

@@ -1,0 +1,58 @@
+"""A launch of a Triton kernel as data: decided by a launcher, run on a device, or only compiled and counted.
+
+A launcher plans its launches from shapes, dtypes and strides alone, so a plan can be made of meta tensors where no GPU
+is: the GPU report compiles what it names and adds up its bytes and operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: programs per axis.
+        arguments: run-time parameters by name: tensors (on meta where the launch is only planned), numbers, None.
+        constants: ``tl.constexpr`` parameters by name.
+        num_warps, num_stages: as Triton takes them.
+        bytes: modelled traffic with device memory: what this launch must at least read and write, each element once.
+        flops: modelled floating-point operations, a multiply-add being two.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    bytes: int = 0
+    flops: int = 0
+
+    def run(self) -> None:
+        """Launch on the device of the tensors; asynchronous there, as every CUDA launch."""
+        if _recording:
+            _recording[-1].append(self)
+        self.kernel[self.grid](
+            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+_recording: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches that run inside the ``with`` block, in order: ``with recorded() as launches: ...``."""
+    launches: list[Launch] = []
+    _recording.append(launches)
+    try:
+        yield launches
+    finally:
+        _recording.remove(launches)
