@@ -57,48 +57,79 @@ struct EpilogueArgs {
   double alpha, gain, clamp, residual_gain;
 };
 
+// Applies an epilogue to one block of an image after another; every thread has its own.
+template <typename T>
+class BlockEpilogue {
+ public:
+  using C = accumulate_t<T>;
+
+  BlockEpilogue(const ImageBlocks& image, const EpilogueArgs& args, const Tensor& result)
+      : blocks(image),
+        e(args),
+        to(result.mutable_data_ptr<T>()),
+        scales(e.out_scale),
+        bias(e.bias ? e.bias->const_data_ptr<C>() : nullptr),
+        noise(e.noise ? e.noise->const_data_ptr<C>() : nullptr),
+        noise_stride(e.noise && e.noise->size(0) > 1 ? blocks.pixels : 0),
+        strength(e.noise_strength ? *e.noise_strength->const_data_ptr<C>() : C(1)),
+        residual(e.residual ? e.residual->const_data_ptr<T>() : nullptr) {
+    const int64_t longest = std::max(kBlock, blocks.c);
+    if (noise) noise_row.resize(longest);
+    if (sizeof(T) == 2) out_buffer.resize(longest);
+    if (residual && sizeof(T) == 2) residual_buffer.resize(longest);
+  }
+
+  // from: the block's values of the linear part.
+  void operator()(const C* from, const ImageBlocks::Block& b) {
+    scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
+    shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
+    C* const out = result_buffer(to + b.offset, out_buffer.data());
+    EpilogueBlock<C> block{from,    out,   b.size,     scale.values.data(), shift.values.data(),
+                           nullptr, e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
+    if (noise) add_noise(b, block);
+    epilogue_block(block, !blocks.planar);
+    if (residual)
+      axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
+    flush(out, to + b.offset, b.size);
+  }
+
+ private:
+  void add_noise(const ImageBlocks::Block& b, EpilogueBlock<C>& block) {
+    const C* const values = noise + b.sample * noise_stride + b.pixel;
+    if (blocks.planar) {
+      for (int64_t p = 0; p < b.pixels; ++p) noise_row[p] = strength * values[p];
+      block.noise = noise_row.data();
+      return;
+    }
+    for (int64_t p = 0; p < b.pixels; ++p) {
+      for (int64_t channel = 0; channel < blocks.c; ++channel) {
+        noise_row[p * blocks.c + channel] = shift.values[channel] + strength * values[p];
+      }
+    }
+    block.shift = noise_row.data();
+  }
+
+  const ImageBlocks& blocks;
+  const EpilogueArgs& e;
+  T* const to;
+  const Scales<C> scales;
+  const C *const bias, *const noise;
+  const int64_t noise_stride;
+  const C strength;
+  const T* const residual;
+  std::vector<C> noise_row, out_buffer, residual_buffer;
+  ChannelRow<C> scale, shift;
+};
+
 template <typename T>
 void run_epilogue(const Tensor& c, const Tensor& y, bool channels_last, const EpilogueArgs& e) {
-  using C = accumulate_t<T>;
   const ImageBlocks blocks(c, channels_last);
-  const Scales<C> scales(e.out_scale);
-  const C* const bias = e.bias ? e.bias->const_data_ptr<C>() : nullptr;
-  const C* const noise = e.noise ? e.noise->const_data_ptr<C>() : nullptr;
-  const int64_t noise_stride = e.noise && e.noise->size(0) > 1 ? blocks.pixels : 0;
-  const C strength = e.noise_strength ? *e.noise_strength->const_data_ptr<C>() : C(1);
-  const T* const residual = e.residual ? e.residual->const_data_ptr<T>() : nullptr;
-  const C* const from = c.const_data_ptr<C>();
-  T* const to = y.mutable_data_ptr<T>();
+  const auto* const from = c.const_data_ptr<accumulate_t<T>>();
   torch::stable::parallel_for(0, blocks.count(), blocks.grain(), [&](int64_t begin, int64_t end) {
-    const int64_t longest = std::max(kBlock, blocks.c);
-    std::vector<C> noise_row(noise ? longest : 0), out_buffer(sizeof(T) == 2 ? longest : 0);
-    std::vector<C> residual_buffer(residual && sizeof(T) == 2 ? longest : 0);
-    ChannelRow<C> scale, shift, noisy_shift;
+    BlockEpilogue<T> epilogue(blocks, e, y);
     for (int64_t i = begin; i < end; ++i) {
       const auto b = blocks.at(i);
-      scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
-      shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
-      C* const out = result_buffer(to + b.offset, out_buffer.data());
-      EpilogueBlock<C> block{from + b.offset, out,   b.size,     scale.values.data(), shift.values.data(),
-                             nullptr,         e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
-      if (noise) {
-        const C* const pixels = noise + b.sample * noise_stride + b.pixel;
-        if (blocks.planar) {
-          for (int64_t p = 0; p < b.pixels; ++p) noise_row[p] = strength * pixels[p];
-          block.noise = noise_row.data();
-        } else {
-          for (int64_t p = 0; p < b.pixels; ++p) {
-            for (int64_t channel = 0; channel < blocks.c; ++channel) {
-              noise_row[p * blocks.c + channel] = shift.values[channel] + strength * pixels[p];
-            }
-          }
-          block.shift = noise_row.data();
-        }
-      }
-      epilogue_block(block, !blocks.planar);
-      if (residual)
-        axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
-      flush(out, to + b.offset, b.size);
+      epilogue(from + b.offset, b);
     }
   });
 }
