@@ -28,7 +28,7 @@ from fastgan.reference.scaled_conv2d import scaled_conv2d as reference_scaled_co
 
 _NAME = "scaled_conv2d"
 _NOTHING = Epilogue()
-_BACKENDS = {"cpp": backends.cpp_can_run, "reference": backends.always}
+_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
 def scaled_conv2d(
@@ -365,6 +365,7 @@ _conv_op = define(
     setup_context=_conv_setup,
     backward=_conv_backward,
     differentiable_results=2,
+    triton="scaled_conv2d.scaled_conv2d",
 )
 
 
