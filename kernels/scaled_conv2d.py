@@ -25,7 +25,6 @@ from ._activation import activate
 from ._dot import convolution_precision, dot
 from ._launch import Launch
 from ._tiles import (
-    PixelTile,
     ceil_div,
     empty_result,
     forward_block,

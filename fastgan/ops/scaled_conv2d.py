@@ -423,6 +423,7 @@ _weight_grad_op = define(
     fake=_weight_fake,
     setup_context=_weight_setup,
     backward=_weight_backward,
+    triton="scaled_conv2d_weight_grad.scaled_conv2d_weight_grad",
 )
 
 
