@@ -27,7 +27,7 @@ from fastgan.reference.scaled_conv2d import scaled_conv2d as reference_scaled_co
 
 _NAME = "scaled_conv2d"
 _NOTHING = Epilogue()
-_BACKENDS = {"cpp": backends.cpp_can_run, "reference": backends.always}
+_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
 def scaled_conv2d(
@@ -324,6 +324,7 @@ _conv_op = define(
     setup_context=_conv_setup,
     backward=_conv_backward,
     differentiable_results=2,
+    triton="scaled_conv2d.scaled_conv2d",
 )
 
 
@@ -381,6 +382,7 @@ _weight_grad_op = define(
     fake=_weight_fake,
     setup_context=_weight_setup,
     backward=_weight_backward,
+    triton="scaled_conv2d_weight_grad.scaled_conv2d_weight_grad",
 )
 
 
