@@ -110,7 +110,7 @@ void run_adjacent(const T* x, const T* g, T* y, const Lines& lines, double eps) 
 template <typename T>
 void run_planar(const T* x, const T* g, T* y, const Lines& lines, double eps) {
   using C = accumulate_t<T>;
-  constexpr int64_t kCacheValues = 32768;
+  constexpr int64_t kCacheValues = 65536;
   const int64_t width = std::min(lines.inner, std::max<int64_t>(32, kCacheValues / lines.c));
   const int64_t per_plane = (lines.inner + width - 1) / width;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (width * lines.c));
