@@ -48,9 +48,10 @@ def test_accuracy(dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize(("shape", "dim"), [((3, 5), 1), ((2, 5, 3, 2), 1), ((2, 3, 4), 0), ((2, 3, 4), -1)])
 def test_both_orders(shape: tuple[int, ...], dim: int) -> None:
-    x = image(*shape)
-    for x in [x, layouts(x)["channels_last"], layouts(x)["sliced"]] if len(shape) == 4 else [x]:
-        x = x.detach().requires_grad_()
+    whole = image(*shape)
+    views = layouts(whole) if len(shape) == 4 else {"contiguous": whole}
+    for name in views.keys() - {"expanded"}:  # gradcheck changes one element at a time
+        x = views[name].requires_grad_()
         assert gradcheck(lambda x: ops.pixel_norm(x, dim=dim, eps=0.1), (x,))
         assert gradgradcheck(lambda x: ops.pixel_norm(x, dim=dim, eps=0.1), (x,))
 

@@ -124,4 +124,5 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="bias_act.bias_act",
 )

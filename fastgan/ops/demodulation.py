@@ -155,4 +155,5 @@ _op = define(
     setup_context=_setup_context,
     backward=_backward,
     differentiable_results=5,
+    triton="demodulation.demodulation",
 )

@@ -94,6 +94,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="minibatch_stddev.minibatch_stddev",
 )
 
 
@@ -169,4 +170,5 @@ _grad_op = define(
     fake=_grad_fake,
     setup_context=_grad_setup,
     backward=_grad_backward,
+    triton="minibatch_stddev.minibatch_stddev_grad",
 )

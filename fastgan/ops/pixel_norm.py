@@ -79,6 +79,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="pixel_norm.pixel_norm",
 )
 
 
@@ -130,4 +131,5 @@ _grad_op = define(
     fake=_grad_fake,
     setup_context=_grad_setup,
     backward=_grad_backward,
+    triton="pixel_norm.pixel_norm_grad",
 )

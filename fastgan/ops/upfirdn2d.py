@@ -268,4 +268,5 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="upfirdn2d.upfirdn2d",
 )
