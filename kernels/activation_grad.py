@@ -32,7 +32,9 @@ def activation_factor(ref, ACT: tl.constexpr, alpha, gain, clamp, FROM_OUTPUT: t
     else:
         factor = gain * bend(t, ref, ACT) * slope(t, ref, ACT, alpha)
     if clamp is not None:
-        factor = tl.where(tl.abs(t * gain) >= clamp, 0.0, factor)
+        # Not t * gain from the output: y / gain * gain can fall below y, and a value on the bound below the bound.
+        y = ref if FROM_OUTPUT else t * gain
+        factor = tl.where(tl.abs(y) >= clamp, 0.0, factor)
     return factor
 
 

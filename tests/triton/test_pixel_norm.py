@@ -12,7 +12,8 @@ from fastgan.kernels import _launch
 from fastgan.kernels import pixel_norm as kernel
 from tests.helpers import assert_close_to_float64, gradients, layouts
 
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# The interpreter cuts off what does not fit bfloat16, where a GPU rounds.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}
 
 
 def image(*shape: int) -> Tensor:

@@ -16,7 +16,8 @@ from fastgan.kernels import _launch
 from fastgan.kernels import upfirdn2d as kernel
 from tests.helpers import assert_close_to_float64, gradients, layouts
 
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+# The interpreter cuts off what does not fit bfloat16, where a GPU rounds.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-10}
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 FULL = torch.tensor([[1.0, 2.0, 0.5], [0.3, -1.0, 3.0]])
 CASES = {
