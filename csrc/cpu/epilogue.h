@@ -45,7 +45,10 @@ struct ChannelRow {
       values[0] = f(b.channel);
     } else if (sample != b.sample || static_cast<int64_t>(values.size()) < b.size) {
       values.resize(b.size);
-      for (int64_t i = 0; i < b.size; ++i) values[i] = i < blocks.c ? f(i) : values[i - blocks.c];
+      for (int64_t i = 0; i < blocks.c; ++i) values[i] = f(i);
+      for (int64_t filled = blocks.c; filled < b.size; filled *= 2) {
+        std::copy_n(values.begin(), std::min(filled, b.size - filled), values.begin() + filled);
+      }
       sample = b.sample;
     }
   }

@@ -17,7 +17,8 @@ from fastgan.kernels import bias_act as kernel
 from fastgan.reference.activation import ACTIVATIONS
 from tests.helpers import assert_close_to_float64, gradients, layouts
 
-# The interpreter cuts off what does not fit bfloat16, where a GPU rounds; slopes taken from such a result move twice as far.
+# The interpreter cuts off what does not fit bfloat16, where a GPU rounds; slopes taken from such a result move twice as
+# far.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-10}
 
 

@@ -17,7 +17,8 @@ from fastgan.ops.demodulation import demodulation
 from fastgan.reference.modulated_conv2d import modulation_scales
 from tests.helpers import assert_close_to_float64, gradients
 
-FIR = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+# Two taps: the interpreter takes a while for each. Four have a test of their own in test_upfirdn2d.py.
+FIR = torch.tensor([1.0, 3.0]) / 4
 KINDS = ["none", "stylegan2_fp16", "stylegan3"]
 # A half type rounds the weight, the product's operands and two results.
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
@@ -30,8 +31,7 @@ def operands(n: int = 2, i: int = 5, o: int = 4, kernel: int = 3, size: tuple[in
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kernel_size", "dtype"), [(3, torch.float32), (1, torch.bfloat16), (3, torch.float16)])
 def test_demodulation(kind: str, kernel_size: int, dtype: torch.dtype) -> None:
     """Both scales and their gradients; weights of both layouts, a zero row of the weight and of the style."""
     _, weight, style = operands(n=3, i=37, o=11, kernel=kernel_size)
@@ -69,10 +69,16 @@ def test_demodulation_to_second_order(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("kind", ["none", "stylegan2_fp16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_accuracy(up: int, down: int, kind: str, dtype: torch.dtype) -> None:
-    """Value and gradients of x, weight, style, noise and bias, in both layouts."""
+@pytest.mark.parametrize(
+    ("kind", "dtype", "layout"),
+    [
+        ("none", torch.float32, torch.contiguous_format),
+        ("stylegan3", torch.bfloat16, torch.channels_last),
+        ("stylegan2_fp16", torch.float16, torch.channels_last),
+    ],
+)
+def test_accuracy(up: int, down: int, kind: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Value and gradients of x, weight, style, noise and bias."""
     x, weight, style = operands(size=(4, 4))
     size = (4 * up // down, 4 * up // down)
     noise, bias = torch.randn(size, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
@@ -87,12 +93,10 @@ def test_accuracy(up: int, down: int, kind: str, dtype: torch.dtype) -> None:
     wide = [t.float() for t in (weight, style, noise, bias)]
     exact = gradients(lambda *t: function(*t, backend="reference"), [x.double(), *[t.double() for t in wide]])
     plain = gradients(lambda *t: function(*t, backend="reference"), [x, *wide])
-    for layout in (torch.contiguous_format, torch.channels_last):
-        fused = gradients(lambda *t: function(*t, backend="triton"), [x.contiguous(memory_format=layout), *wide])
-        for name, got, other, want in zip(
-            ("y", "x", "weight", "style", "noise", "bias"), fused, plain, exact, strict=True
-        ):
-            assert_close_to_float64(got, other, want, floor=FLOOR[dtype], what=name)
+    fused = gradients(lambda *t: function(*t, backend="triton"), [x.contiguous(memory_format=layout), *wide])
+    names = ("y", "x", "weight", "style", "noise", "bias")
+    for name, got, other, want in zip(names, fused, plain, exact, strict=True):
+        assert_close_to_float64(got, other, want, floor=FLOOR[dtype], what=name)
 
 
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
