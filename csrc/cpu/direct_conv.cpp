@@ -203,16 +203,16 @@ bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry
 }
 
 void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                 const PlaneEpilogue& epilogue, float* saved, float* y) {
+                 const PlanarResult& result) {
   const ConvPlan plan(x, weight, g);
   const Tiling tiling(plan);
   const ScaledImage image(x, in_scale);
-  const int64_t lines_of_all = plan.n * plan.base_h, pixels = plan.h_out * plan.w_out;
+  const int64_t lines_of_all = plan.n * plan.base_h;
   const int64_t blocks_per_sample = tiling.narrow ? tiling.line_blocks : tiling.line_blocks / plan.n;
   torch::stable::parallel_for(0, tiling.line_blocks * tiling.row_blocks, 1, [&](int64_t begin, int64_t end) {
     Worker worker(plan, tiling, image, weight, g.transposed);
     std::vector<float> buffer(plan.w_out);
-    PlaneEpilogue::Scratch scratch;
+    PlaneWriter writer(result);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / tiling.row_blocks, row = task % tiling.row_blocks * tiling.rows;
       const int64_t sample = tiling.narrow ? 0 : block / blocks_per_sample;
@@ -223,9 +223,7 @@ void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tens
       for (int64_t r = 0; r < rows; ++r) {
         for_stretches(plan, tiling, worker, line, lines, r, buffer,
                       [&](int64_t n, int64_t pixel, int64_t count, const float* sums) {
-                        const int64_t at = (n * plan.c_out + row + r) * pixels + pixel;
-                        if (saved) std::copy_n(sums, count, saved + at);
-                        epilogue.apply(n, row + r, pixel, count, sums, y + at, scratch);
+                        writer.write(n, row + r, pixel, count, sums);
                       });
       }
     }

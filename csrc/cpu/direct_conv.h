@@ -15,9 +15,8 @@ namespace fastgan {
 // or few pixels.
 bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
-// y = epilogue(conv(in_scale * x, weight)), [N, C_out, H', W'], contiguous; and the convolution itself to `saved`,
-// where that is not null.
+// result = epilogue(conv(in_scale * x, weight)).
 void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                 const PlaneEpilogue& epilogue, float* saved, float* y);
+                 const PlanarResult& result);
 
 }  // namespace fastgan

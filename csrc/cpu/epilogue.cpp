@@ -49,32 +49,4 @@ void epilogue_block(const EpilogueBlock<double>& b, bool per_element) { epilogue
 FASTGAN_MULTIVERSION void axpy(float a, const float* x, float* y, int64_t n) { axpy_loop(a, x, y, n); }
 void axpy(double a, const double* x, double* y, int64_t n) { axpy_loop(a, x, y, n); }
 
-PlaneEpilogue::PlaneEpilogue(const EpilogueArgs& args, int64_t channels, int64_t pixels)
-    : args_(args),
-      channels_(channels),
-      pixels_(pixels),
-      noise_stride_(args.noise && args.noise->size(0) > 1 ? pixels : 0),
-      scales_(args.out_scale),
-      bias_(args.bias ? args.bias->const_data_ptr<float>() : nullptr),
-      noise_(args.noise ? args.noise->const_data_ptr<float>() : nullptr),
-      residual_(args.residual ? args.residual->const_data_ptr<float>() : nullptr),
-      strength_(args.noise_strength ? *args.noise_strength->const_data_ptr<float>() : 1.0f) {}
-
-void PlaneEpilogue::apply(int64_t sample, int64_t channel, int64_t pixel, int64_t n, const float* c, float* y,
-                          Scratch& scratch) const {
-  const float scale = scales_.at(sample, channel), shift = bias_ ? bias_[channel] : 0.0f;
-  const float* noise = nullptr;
-  if (noise_) {
-    scratch.resize(std::max<size_t>(scratch.size(), n));
-    for (int64_t i = 0; i < n; ++i) scratch[i] = strength_ * noise_[sample * noise_stride_ + pixel + i];
-    noise = scratch.data();
-  }
-  epilogue_block(EpilogueBlock<float>{c, y, n, &scale, &shift, noise, args_.act, static_cast<float>(args_.alpha),
-                                      static_cast<float>(args_.gain), static_cast<float>(args_.clamp)},
-                 false);
-  if (residual_) {
-    axpy(static_cast<float>(args_.residual_gain), residual_ + (sample * channels_ + channel) * pixels_ + pixel, y, n);
-  }
-}
-
 }  // namespace fastgan

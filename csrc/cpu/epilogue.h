@@ -1,6 +1,8 @@
-// The epilogue: y = clamp(gain * act(scale * c + noise * strength + bias)) + residual_gain * residual, in one pass.
+// What follows a linear part, in one pass over its result: y = clamp(gain * act(scale * c + noise + shift)) +
+// residual_gain * residual, block by block in the first-level cache.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "activation.h"
@@ -25,7 +27,7 @@ struct EpilogueBlock {
 void epilogue_block(const EpilogueBlock<float>& b, bool per_element);
 void epilogue_block(const EpilogueBlock<double>& b, bool per_element);
 
-// y[i] += a * x[i].
+// y += a * x.
 void axpy(float a, const float* x, float* y, int64_t n);
 void axpy(double a, const double* x, double* y, int64_t n);
 
@@ -43,7 +45,10 @@ struct ChannelRow {
       values[0] = f(b.channel);
     } else if (sample != b.sample || static_cast<int64_t>(values.size()) < b.size) {
       values.resize(b.size);
-      for (int64_t i = 0; i < b.size; ++i) values[i] = i < blocks.c ? f(i) : values[i - blocks.c];
+      for (int64_t i = 0; i < blocks.c; ++i) values[i] = f(i);
+      for (int64_t filled = blocks.c; filled < b.size; filled *= 2) {
+        std::copy_n(values.begin(), std::min(filled, b.size - filled), values.begin() + filled);
+      }
       sample = b.sample;
     }
   }
@@ -61,68 +66,113 @@ struct EpilogueArgs {
   }
 };
 
-// The epilogue of float planes, stretch by stretch, for products that have just been added up.
-class PlaneEpilogue {
+// Applies an epilogue to one block of an image after another; every thread has its own.
+template <typename T>
+class BlockEpilogue {
  public:
-  explicit PlaneEpilogue(const EpilogueArgs& args, int64_t channels, int64_t pixels);
+  using C = accumulate_t<T>;
 
-  using Scratch = std::vector<float>;
+  BlockEpilogue(const ImageBlocks& image, const EpilogueArgs& args, const Tensor& result)
+      : blocks(image),
+        e(args),
+        to(result.mutable_data_ptr<T>()),
+        scales(e.out_scale),
+        bias(e.bias ? e.bias->const_data_ptr<C>() : nullptr),
+        noise(e.noise ? e.noise->const_data_ptr<C>() : nullptr),
+        noise_stride(e.noise && e.noise->size(0) > 1 ? blocks.pixels : 0),
+        strength(e.noise_strength ? *e.noise_strength->const_data_ptr<C>() : C(1)),
+        residual(e.residual ? e.residual->const_data_ptr<T>() : nullptr) {
+    const int64_t longest = std::max(kBlock, blocks.c);
+    if (noise) noise_row.resize(longest);
+    if (sizeof(T) == 2) out_buffer.resize(longest);
+    if (residual && sizeof(T) == 2) residual_buffer.resize(longest);
+  }
 
-  // y = epilogue(c) for n pixels of one channel, from `pixel` on; c and y point at the first of them.
-  void apply(int64_t sample, int64_t channel, int64_t pixel, int64_t n, const float* c, float* y,
-             Scratch& scratch) const;
+  // from: the block's values of the linear part.
+  void operator()(const C* from, const ImageBlocks::Block& b) {
+    scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
+    shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
+    C* const out = result_buffer(to + b.offset, out_buffer.data());
+    EpilogueBlock<C> block{from,    out,   b.size,     scale.values.data(), shift.values.data(),
+                           nullptr, e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
+    if (noise) add_noise(b, block);
+    epilogue_block(block, !blocks.planar);
+    if (residual)
+      axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
+    flush(out, to + b.offset, b.size);
+  }
 
  private:
-  const EpilogueArgs& args_;
-  int64_t channels_, pixels_, noise_stride_;
-  Scales<float> scales_;
-  const float *bias_, *noise_, *residual_;
-  float strength_;
+  void add_noise(const ImageBlocks::Block& b, EpilogueBlock<C>& block) {
+    const C* const values = noise + b.sample * noise_stride + b.pixel;
+    if (blocks.planar) {
+      for (int64_t p = 0; p < b.pixels; ++p) noise_row[p] = strength * values[p];
+      block.noise = noise_row.data();
+      return;
+    }
+    for (int64_t p = 0; p < b.pixels; ++p) {
+      for (int64_t channel = 0; channel < blocks.c; ++channel) {
+        noise_row[p * blocks.c + channel] = shift.values[channel] + strength * values[p];
+      }
+    }
+    block.shift = noise_row.data();
+  }
+
+  const ImageBlocks& blocks;
+  const EpilogueArgs& e;
+  T* const to;
+  const Scales<C> scales;
+  const C *const bias, *const noise;
+  const int64_t noise_stride;
+  const C strength;
+  const T* const residual;
+  std::vector<C> noise_row, out_buffer, residual_buffer;
+  ChannelRow<C> scale, shift;
 };
 
-// y = epilogue(c) over whole images, c in the compute type and y of type T, both dense in the same layout.
+// An NCHW float result that products fill plane by plane, and where the linear part itself is kept (null: nowhere).
+struct PlanarResult {
+  ImageBlocks blocks;
+  const EpilogueArgs& args;
+  const Tensor& y;
+  float* saved;
+
+  PlanarResult(const EpilogueArgs& epilogue, const Tensor& result, float* linear)
+      : blocks(result, false), args(epilogue), y(result), saved(linear) {
+    blocks.planar = true;  // with one pixel too
+  }
+};
+
+// One thread's way of writing to it.
+class PlaneWriter {
+ public:
+  explicit PlaneWriter(const PlanarResult& result) : result_(result), epilogue_(result.blocks, result.args, result.y) {}
+
+  // from: the linear part of n consecutive pixels of one plane, from `pixel` on.
+  void write(int64_t sample, int64_t channel, int64_t pixel, int64_t n, const float* from) {
+    const int64_t plane = (sample * result_.blocks.c + channel) * result_.blocks.pixels;
+    if (result_.saved) std::copy_n(from, n, result_.saved + plane + pixel);
+    for (int64_t done = 0; done < n; done += kBlock) {
+      const int64_t count = std::min(kBlock, n - done), first = pixel + done;
+      epilogue_(from + done, {sample, channel, first, count, plane + first, count});
+    }
+  }
+
+ private:
+  const PlanarResult& result_;
+  BlockEpilogue<float> epilogue_;
+};
+
+// The epilogue of a whole image c, dense in y's layout.
 template <typename T>
 void run_epilogue(const Tensor& c, const Tensor& y, bool channels_last, const EpilogueArgs& e) {
-  using C = accumulate_t<T>;
   const ImageBlocks blocks(c, channels_last);
-  const Scales<C> scales(e.out_scale);
-  const C* const bias = e.bias ? e.bias->const_data_ptr<C>() : nullptr;
-  const C* const noise = e.noise ? e.noise->const_data_ptr<C>() : nullptr;
-  const int64_t noise_stride = e.noise && e.noise->size(0) > 1 ? blocks.pixels : 0;
-  const C strength = e.noise_strength ? *e.noise_strength->const_data_ptr<C>() : C(1);
-  const T* const residual = e.residual ? e.residual->const_data_ptr<T>() : nullptr;
-  const C* const from = c.const_data_ptr<C>();
-  T* const to = y.mutable_data_ptr<T>();
+  const auto* const from = c.const_data_ptr<accumulate_t<T>>();
   torch::stable::parallel_for(0, blocks.count(), blocks.grain(), [&](int64_t begin, int64_t end) {
-    const int64_t longest = std::max(kBlock, blocks.c);
-    std::vector<C> noise_row(noise ? longest : 0), out_buffer(sizeof(T) == 2 ? longest : 0);
-    std::vector<C> residual_buffer(residual && sizeof(T) == 2 ? longest : 0);
-    ChannelRow<C> scale, shift, noisy_shift;
+    BlockEpilogue<T> epilogue(blocks, e, y);
     for (int64_t i = begin; i < end; ++i) {
       const auto b = blocks.at(i);
-      scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
-      shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
-      C* const out = result_buffer(to + b.offset, out_buffer.data());
-      EpilogueBlock<C> block{from + b.offset, out,   b.size,     scale.values.data(), shift.values.data(),
-                             nullptr,         e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
-      if (noise) {
-        const C* const pixels = noise + b.sample * noise_stride + b.pixel;
-        if (blocks.planar) {
-          for (int64_t p = 0; p < b.pixels; ++p) noise_row[p] = strength * pixels[p];
-          block.noise = noise_row.data();
-        } else {
-          for (int64_t p = 0; p < b.pixels; ++p) {
-            for (int64_t channel = 0; channel < blocks.c; ++channel) {
-              noise_row[p * blocks.c + channel] = shift.values[channel] + strength * pixels[p];
-            }
-          }
-          block.shift = noise_row.data();
-        }
-      }
-      epilogue_block(block, !blocks.planar);
-      if (residual)
-        axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
-      flush(out, to + b.offset, b.size);
+      epilogue(from + b.offset, b);
     }
   });
 }

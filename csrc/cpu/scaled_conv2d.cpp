@@ -89,12 +89,11 @@ std::optional<std::tuple<Tensor, Tensor>> fused_products(const Tensor& x, const 
                c = torch::stable::new_empty(x, save_conv ? size : std::vector<int64_t>{0});
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
-  const PlaneEpilogue epilogue(dense, size[1], size[2] * size[3]);
-  float* const saved = save_conv ? c.mutable_data_ptr<float>() : nullptr;
+  const PlanarResult result(dense, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);
   if (tile) {
-    winograd_conv(x, weight, in_scale, g, tile, epilogue, saved, y.mutable_data_ptr<float>());
+    winograd_conv(x, weight, in_scale, g, tile, result);
   } else {
-    direct_conv(x, weight, in_scale, g, epilogue, saved, y.mutable_data_ptr<float>());
+    direct_conv(x, weight, in_scale, g, result);
   }
   return std::tuple(y, c);
 }

@@ -139,13 +139,13 @@ class Call {
 
   void transform_weights(const float* weight, bool transposed);
 
-  void run(const ScaledImage& x, const PlaneEpilogue& epilogue, float* saved, float* y) {
+  void run(const ScaledImage& x, const PlanarResult& result) {
     const int64_t all_lines = conv_.n * plan_.tiles_h;
     for (int64_t line = 0; line < all_lines; line += lines_) {
       const int64_t lines = std::min(lines_, all_lines - line);
       transform_input(x, line, lines);
       multiply(ceil_div(lines * plan_.tiles_w, lanes_));
-      transform_output(line, lines, epilogue, saved, y);
+      transform_output(line, lines, result);
     }
   }
 
@@ -171,7 +171,7 @@ class Call {
 
   void transform_input(const ScaledImage& x, int64_t line, int64_t lines);
   void multiply(int64_t vectors);
-  void transform_output(int64_t line, int64_t lines, const PlaneEpilogue& epilogue, float* saved, float* y);
+  void transform_output(int64_t line, int64_t lines, const PlanarResult& result);
   void write_line(const float* tiles, int64_t phase, int64_t a, float* line) const;
 
   const ConvPlan& conv_;
@@ -274,11 +274,11 @@ void Call::multiply(int64_t vectors) {
   });
 }
 
-void Call::transform_output(int64_t line, int64_t lines, const PlaneEpilogue& epilogue, float* saved, float* y) {
-  const int64_t pixels = conv_.h_out * conv_.w_out, stride = conv_.out_stride, size = plan_.m * plan_.m * columns_;
+void Call::transform_output(int64_t line, int64_t lines, const PlanarResult& result) {
+  const int64_t stride = conv_.out_stride, size = plan_.m * plan_.m * columns_;
   torch::stable::parallel_for(0, conv_.c_out, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> tiles(phases_ * size), buffer(conv_.w_out);
-    PlaneEpilogue::Scratch scratch;
+    PlaneWriter writer(result);
     for (int64_t o = begin; o < end; ++o) {
       for (int64_t phase = 0; phase < phases_; ++phase) {
         kernels_.output(sums_.get() + phase * products_ * sum_product_ + o * columns_, sum_product_,
@@ -292,9 +292,7 @@ void Call::transform_output(int64_t line, int64_t lines, const PlaneEpilogue& ep
               const int64_t line_of_y = base * stride + conv_.phases[phase].row;
               if (base < 0 || line_of_y >= conv_.h_out) continue;
               write_line(tiles.data() + (done + l) * plan_.tiles_w, phase, a, buffer.data());
-              const int64_t at = (sample * conv_.c_out + o) * pixels + line_of_y * conv_.w_out;
-              if (saved) std::copy_n(buffer.data(), conv_.w_out, saved + at);
-              epilogue.apply(sample, o, line_of_y * conv_.w_out, conv_.w_out, buffer.data(), y + at, scratch);
+              writer.write(sample, o, line_of_y * conv_.w_out, conv_.w_out, buffer.data());
             }
           }
         }
@@ -363,11 +361,11 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
 }
 
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                   int64_t m, const PlaneEpilogue& epilogue, float* saved, float* y) {
+                   int64_t m, const PlanarResult& result) {
   const ConvPlan conv(x, weight, g);
   Call call(conv, m);
   call.transform_weights(weight.const_data_ptr<float>(), g.transposed);
-  call.run(ScaledImage(x, in_scale), epilogue, saved, y);
+  call.run(ScaledImage(x, in_scale), result);
 }
 
 }  // namespace fastgan

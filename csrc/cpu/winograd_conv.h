@@ -16,6 +16,6 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
 
 // What direct_conv does, with tiles of m x m. Error: at most 1e-5 of the largest result (m = 4), 2e-6 (m = 2, 3).
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                   int64_t m, const PlaneEpilogue& epilogue, float* saved, float* y);
+                   int64_t m, const PlanarResult& result);
 
 }  // namespace fastgan

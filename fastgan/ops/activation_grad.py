@@ -74,7 +74,9 @@ def _fallback(
         factor = gain * _bend(act, t, wide) * (1 if act == "swish" else slope)
     result = g.to(wide.dtype) * factor
     if clamp is not None:
-        result = torch.where((t * gain).abs() >= clamp, torch.zeros_like(result), result)
+        # Not t * gain from the output: y / gain * gain can fall below y, and a value on the bound below the bound.
+        y = wide if from_output else t * gain
+        result = torch.where(y.abs() >= clamp, torch.zeros_like(result), result)
     return torch.empty_like(ref, dtype=g.dtype).copy_(result)
 
 
@@ -111,4 +113,5 @@ activation_grad = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="activation_grad.activation_grad",
 )
