@@ -95,9 +95,11 @@ def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int)
         else:
             rows //= 2
     tensor_cores = half or precision == "tf32"
-    deepest = (64 if x.stride(1) == 1 else 32) if half else 32 if tensor_cores else 16
+    deepest = 64 if half and x.stride(1) == 1 else 32
     depth = max(16, min(deepest, triton.next_power_of_2(c_in)))
-    return Block(rows, columns, depth, 8 if rows * columns >= 128 * 128 else 4, 3 if tensor_cores else 2)
+    # Sums per thread: 64 on tensor cores, 16 on ordinary units, which need the other registers for operands.
+    wide = rows * columns >= (128 * 128 if tensor_cores else 64 * 64)
+    return Block(rows, columns, depth, 8 if wide else 4, 3 if tensor_cores else 2)
 
 
 def is_channels_last(t: Tensor) -> bool:
