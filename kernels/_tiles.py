@@ -22,6 +22,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def splits_to_fill(programs: int, most: int) -> int:
+    """Into how many parts, ``most`` at most, to split a sum that ``programs`` programs would compute: two for each
+    place, so that the last ones to start do not run alone."""
+    return min(most, ceil_div(2 * BUSY, programs))
+
+
 class PixelTile(NamedTuple):
     """The pixels of one tile: ``s`` samples by ``h`` rows by ``w`` columns, powers of two."""
 

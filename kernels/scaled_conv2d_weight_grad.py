@@ -26,7 +26,7 @@ from ._dot import convolution_precision, dot
 from ._launch import Launch
 from ._layers import shipped_layers
 from ._sum_parts import sum_parts
-from ._tiles import BUSY, ceil_div, is_channels_last, needs_wide, pixel_tile, traffic
+from ._tiles import ceil_div, is_channels_last, needs_wide, pixel_tile, splits_to_fill, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -170,7 +170,7 @@ def plan(
     _, tiles_h, tiles_w = tile.count(1, *out_hw)
     tiles = tiles_h * tiles_w
     products = ceil_div(c_out, block_o) * ceil_div(c_in, block_i) * taps
-    tiles_per_split = ceil_div(n * tiles, min(n * tiles, ceil_div(2 * BUSY, products)))
+    tiles_per_split = ceil_div(n * tiles, splits_to_fill(products, n * tiles))
     splits = ceil_div(n * tiles, tiles_per_split)
     parts = out if splits == 1 else x.new_empty((splits, taps, c_out, c_in), dtype=torch.float32)
     by_split = (0, c_in * taps, taps, 1) if splits == 1 else (out.numel(), c_in, 1, c_out * c_in)
