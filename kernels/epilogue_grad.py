@@ -109,7 +109,7 @@ def epilogue_grad_kernel(
         if noise_ptr is not None:
             noise = tl.load(noise_ptr + sample * noise_stride_n + p, mask=p < last, other=0.0)
             with_noise += g * noise[:, None]
-    size = n.to(tl.int64) * c * splits
+    size = (tl.zeros([], tl.int64) + n) * c * splits
     at = (split * n + sample) * c + k
     if product_ptr is not None:
         tl.store(parts_ptr + at, tl.sum(with_product, axis=0), mask=k < c)
@@ -147,7 +147,7 @@ def epilogue_sums_kernel(
     """The sums of the parts. One program computes BLOCK channels of out_scale's and bias's gradient for all samples;
     one more, the last, all of the noise strength's."""
     pid = tl.program_id(0)
-    n_c = tl.cast(c, tl.int64) * n
+    n_c = (tl.zeros([], tl.int64) + n) * c
     size = n_c * splits
     if pid < tiles_c:
         k = pid * BLOCK + tl.arange(0, BLOCK)
@@ -185,10 +185,9 @@ def plan(
     like = grad_y if ref is None else ref
     g = grad_y.new_empty(0) if ref is None and gain == 1.0 else torch.empty_like(like, dtype=grad_y.dtype)
     make = grad_y.new_zeros if n == 0 else grad_y.new_empty
-    sums = [
-        make(shape if asked else (0,), dtype=torch.float32)
-        for shape, asked in (((n, c), product is not None), ((c,), want_bias), ((), noise is not None))
-    ]
+    wanted = (product is not None, want_bias, noise is not None)
+    shapes = ((n, c), (c,), ())
+    sums = [make(shape if asked else (0,), dtype=torch.float32) for shape, asked in zip(shapes, wanted, strict=True)]
     if n == 0:
         return (g, *sums), []
     pixels = height * width
@@ -215,12 +214,12 @@ def plan(
     flat = all(t.stride(2) == width * t.stride(3) or height == 1 for t in given)
     constants = {"ACT": act, "FROM_OUTPUT": from_output, "WANT_BIAS": want_bias, "FLAT": flat}
     constants |= {"WIDE": needs_wide(*given), "BLOCK_P": block_p, "BLOCK_C": block_c}
-    written = parts.numel() // 3 * sum(t.numel() > 0 for t in sums) * 4
+    written = parts.numel() // 3 * sum(wanted) * 4
     first = Launch(
         epilogue_grad_kernel, (programs * splits,), arguments, constants, bytes=traffic(*given, noise) + written
     )
     arguments = {"parts_ptr": parts, "n": n, "c": c, "splits": splits, "tiles_c": ceil_div(c, 64)}
-    for name, t, asked in zip(("scale", "bias", "strength"), sums, (product is not None, want_bias, noise is not None)):
+    for name, t, asked in zip(("scale", "bias", "strength"), sums, wanted, strict=True):
         arguments[f"{name}_ptr"] = t if asked else None
     second = Launch(
         epilogue_sums_kernel,

@@ -20,6 +20,7 @@ from fastgan.ops._conv_arguments import ConvArguments, check_call, kernel_tensor
 from fastgan.ops._conv_arguments import resolve as resolve_arguments
 from fastgan.ops._library import define
 from fastgan.ops.activation_grad import activation_grad
+from fastgan.ops.epilogue_grad import epilogue_grad
 from fastgan.ops.pixel_dot import pixel_dot
 from fastgan.reference.activation import ACTIVATIONS, resolve
 from fastgan.reference.epilogue import Epilogue, apply_epilogue
@@ -289,18 +290,24 @@ def _conv_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, in_scale, out_scale, noise, strength, bias, saved_y, c if ctx.save_conv else None)
 
 
-def _before_activation(ctx, grad_y: Tensor) -> Tensor:
-    """The cotangent of what the activation is applied to."""
-    act = ctx.act
-    if act.act == "linear" and act.clamp is None:
-        return grad_y if act.gain == 1.0 else grad_y * act.gain
+def _activation_ref(ctx) -> tuple[Tensor | None, bool]:
+    """What the activation's derivative is taken from: y (True) or its argument (False); None where it is constant."""
+    if ctx.act.act == "linear" and ctx.act.clamp is None:
+        return None, True
     _, _, _, out_scale, noise, strength, bias, y, _ = ctx.saved_tensors
     if y is not None:
-        return activation_grad(grad_y, y, *act, True, 1)
+        return y, True
     z = _product(ctx)
     z = z if out_scale is None else z * out_scale[:, :, None, None]
-    z = apply_epilogue(z, Epilogue(noise=noise, noise_strength=strength, bias=bias))
-    return activation_grad(grad_y, z, *act, False, 1)
+    return apply_epilogue(z, Epilogue(noise=noise, noise_strength=strength, bias=bias)), False
+
+
+def _before_activation(ctx, grad_y: Tensor) -> Tensor:
+    """The cotangent of what the activation is applied to."""
+    ref, from_output = _activation_ref(ctx)
+    if ref is None:
+        return grad_y if ctx.act.gain == 1.0 else grad_y * ctx.act.gain
+    return activation_grad(grad_y, ref, *ctx.act, from_output, 1)
 
 
 def _product(ctx) -> Tensor:
@@ -311,14 +318,12 @@ def _product(ctx) -> Tensor:
 
 def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
     x, weight, in_scale, out_scale = ctx.saved_tensors[:4]
-    need_x, need_w, need_in, need_out = ctx.needs_input_grad[:4]
+    need_x, need_w, need_in = ctx.needs_input_grad[:3]
     grads: list[Tensor | None] = [None] * 8
     g, g_scale = None, None  # the cotangent of conv(in_scale ⊙ x, weight) is g_scale ⊙ g
     if grad_y is not None:
-        g, g_scale = (_before_activation(ctx, grad_y), out_scale) if any(ctx.needs_input_grad[:7]) else (None, None)
-        grads[4:8] = _epilogue_grads(ctx, grad_y, g)
-        if need_out:
-            grads[3] = pixel_dot(g, _product(ctx)).sum_to_size(out_scale.shape)
+        g_scale = out_scale
+        g, grads[3:8] = _epilogue_backward(ctx, grad_y)
     if grad_c is not None:
         scaled = 0 if g is None else (g if out_scale is None else g * out_scale[:, :, None, None])
         g, g_scale = (grad_c + scaled).to(x.dtype), None
@@ -336,22 +341,38 @@ def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
     return (*grads, *[None] * 12)
 
 
-def _epilogue_grads(ctx, grad_y: Tensor, g: Tensor | None) -> list[Tensor | None]:
-    """Gradients of noise, noise_strength, bias and residual."""
-    noise, strength = ctx.saved_tensors[4:6]
-    need_noise, need_strength, need_bias, need_residual = ctx.needs_input_grad[4:8]
-    grad_noise = grad_strength = grad_bias = grad_residual = None
-    if need_noise or need_strength:
-        over_channels = g.sum(1, keepdim=True, dtype=noise.dtype)
-        if need_noise:
-            grad_noise = (over_channels if strength is None else over_channels * strength).sum_to_size(noise.shape)
-        if need_strength:
-            grad_strength = (over_channels * noise).sum()
-    if need_bias:
-        grad_bias = g.sum((0, 2, 3), dtype=ctx.saved_tensors[6].dtype)
+def _epilogue_backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The cotangent g of what the activation is applied to (None if nothing needs it), and the gradients of out_scale,
+    noise, noise_strength, bias and residual.
+
+    On Triton the sums over pixels are one op's, which reads the pixels once.
+    """
+    out_scale, noise, strength, bias = ctx.saved_tensors[3:7]
+    need_out, need_noise, need_strength, need_bias, need_residual = ctx.needs_input_grad[3:8]
+    grads: list[Tensor | None] = [None] * 5
     if need_residual:
-        grad_residual = grad_y * ctx.residual_gain
-    return [grad_noise, grad_strength, grad_bias, grad_residual]
+        grads[4] = grad_y * ctx.residual_gain
+    if not any(ctx.needs_input_grad[:7]):
+        return None, grads
+    summed = need_out or need_strength or need_bias
+    if summed and backends.triton_can_run(grad_y.device, grad_y.dtype) is None:
+        product, noise_for_sum = _product(ctx) if need_out else None, noise if need_strength else None
+        ref, from_output = _activation_ref(ctx)
+        g, over_pixels, over_all, with_noise = epilogue_grad(
+            grad_y, ref, product, noise_for_sum, *ctx.act, from_output, need_bias
+        )
+        g = grad_y if ctx.act.identity else g
+        grads[0] = over_pixels.sum_to_size(out_scale.shape) if need_out else None
+        grads[2], grads[3] = with_noise if need_strength else None, over_all if need_bias else None
+    else:
+        g = _before_activation(ctx, grad_y)
+        grads[0] = pixel_dot(g, _product(ctx)).sum_to_size(out_scale.shape) if need_out else None
+        grads[2] = (g.sum(1, keepdim=True, dtype=noise.dtype) * noise).sum() if need_strength else None
+        grads[3] = g.sum((0, 2, 3), dtype=bias.dtype) if need_bias else None
+    if need_noise:
+        over_channels = g.sum(1, keepdim=True, dtype=noise.dtype)
+        grads[1] = (over_channels if strength is None else over_channels * strength).sum_to_size(noise.shape)
+    return g, grads
 
 
 _conv_op = define(
