@@ -244,6 +244,10 @@ def _linear_and_scale_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """The scaled convolution, and the gradient of its out_scale against the cotangent ``dot_with`` (None: not
     wanted)."""
+    # Triton sums while it convolves and never writes the product, which only a second order needs.
+    if dot_with is not None and not torch.is_grad_enabled() and backends.triton_can_run(x.device, x.dtype) is None:
+        y, dot = _dot_op(x, weight, in_scale, out_scale, dot_with, *geometry.as_args())
+        return y, dot.sum_to_size(out_scale.shape)
     y, c = _linear(x, weight, in_scale, out_scale, geometry, save_conv=dot_with is not None)
     return y, None if dot_with is None else pixel_dot(dot_with, c).sum_to_size(out_scale.shape)
 
@@ -387,6 +391,46 @@ _conv_op = define(
     backward=_conv_backward,
     differentiable_results=2,
     triton="scaled_conv2d.scaled_conv2d",
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastgan::scaled_conv2d_dot: the linear part, and Σ over pixels of its product before out_scale with another tensor:
+# the gradients of x and of in_scale in one pass. First order only; a second order needs the product itself.
+
+
+def _dot_fallback(x, weight, in_scale, out_scale, dot_with, *geometry):
+    tail = ("linear", 0.0, 1.0, None, 1.0, True)
+    y, c = _conv_fallback(x, weight, in_scale, out_scale, None, None, None, None, *geometry, *tail)
+    return y, pixel_dot(dot_with, c)
+
+
+def _dot_fake(x, weight, in_scale, out_scale, dot_with, *geometry):
+    tail = ("linear", 0.0, 1.0, None, 1.0, False)
+    y, _ = _conv_fake(x, weight, in_scale, out_scale, None, None, None, None, *geometry, *tail)
+    return y, x.new_empty(y.shape[:2], dtype=_check.accumulate_dtype(x.dtype))
+
+
+def _dot_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _dot_backward(ctx, *gradients):
+    raise NotImplementedError(
+        "scaled_conv2d_dot: it has no derivative; backward passes that will be differentiated run scaled_conv2d"
+    )
+
+
+_dot_op = define(
+    "scaled_conv2d_dot",
+    "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor dot_with, int[2] stride, int[2] padding,"
+    " SymInt[2] output_padding, int[2] dilation, bool transposed, int groups) -> (Tensor, Tensor)",
+    fallback=_dot_fallback,
+    fake=_dot_fake,
+    setup_context=_dot_setup,
+    backward=_dot_backward,
+    differentiable_results=2,
+    triton="scaled_conv2d.scaled_conv2d_dot",
 )
 
 
