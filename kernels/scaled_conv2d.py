@@ -15,7 +15,7 @@ are the sub-pixel convolution of Shi et al. 2016, arXiv 1609.07009.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -277,6 +277,20 @@ class Convolution:
         steps = self.stride if self.transposed else (1, 1)
         return ceil_div(output_hw[0], steps[0]), ceil_div(output_hw[1], steps[1])
 
+    def adjoint(self, input_hw: tuple[int, int], kernel_hw: tuple[int, int]) -> Convolution:
+        """The convolution that maps cotangents of the result back to an input of ``input_hw``, with the same weight."""
+        if self.transposed:
+            return replace(self, output_padding=(0, 0), transposed=False)
+        back = replace(self, transposed=True)
+        reached = back.output_hw(self.output_hw(input_hw, kernel_hw), kernel_hw)
+        return replace(back, output_padding=(input_hw[0] - reached[0], input_hw[1] - reached[1]))
+
+    def constants(self) -> dict[str, int | bool]:
+        """The kernel's constants."""
+        (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
+        strides = {"STRIDE_H": stride_h, "STRIDE_W": stride_w, "TRANSPOSED": self.transposed}
+        return strides | {"DILATION_H": dilation_h, "DILATION_W": dilation_w}
+
     @property
     def phases(self) -> int:
         return self.stride[0] * self.stride[1] if self.transposed else 1
@@ -338,8 +352,7 @@ def plan(
 
     precision = precision or convolution_precision(x.dtype)
     phase_hw = conv.phase_hw(out_hw)
-    pixels = x.shape[0] * phase_hw[0] * phase_hw[1]
-    block = forward_block(x, precision, pixels * conv.phases, c_in, c_out)
+    block = forward_block(x, precision, x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases, c_in, c_out)
     width, joint_cost = 16 if is_channels_last(y) else 32, 1.0 if in_scale is None else 1.5
     tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=width, joint_cost=joint_cost)
     tiles = tile.count(x.shape[0], *phase_hw)
@@ -347,37 +360,27 @@ def plan(
     if dot_with is not None:
         count = conv.phases * tiles[1] * tiles[2]
         parts = sums if count == 1 else x.new_empty((count, *sums.shape), dtype=torch.float32)
-    arguments = (
-        {"x_ptr": x, "w_ptr": weight, "in_scale_ptr": in_scale, "out_scale_ptr": tail.out_scale}
-        | {"noise_ptr": tail.noise, "strength_ptr": tail.noise_strength, "bias_ptr": tail.bias}
-        | {"residual_ptr": tail.residual, "y_ptr": y, "c_ptr": c if save_conv else None}
-        | {"dot_ptr": dot_with, "parts_ptr": parts}
-        | {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3]}
-        | {"out_h": out_hw[0], "out_w": out_hw[1], "pad_h": conv.padding[0], "pad_w": conv.padding[1]}
-        | _strides(
-            {"x": x, "y": y, "residual": tail.residual, "dot": dot_with}, weight, in_scale, tail, conv.transposed
-        )
-        | {"alpha": tail.alpha, "gain": tail.gain, "clamp": tail.clamp, "residual_gain": tail.residual_gain}
-        | {"tiles_h": tiles[1], "tiles_w": tiles[2]}
-    )
-    constants = (
-        {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], "STRIDE_H": conv.stride[0], "STRIDE_W": conv.stride[1]}
-        | {"DILATION_H": conv.dilation[0], "DILATION_W": conv.dilation[1], "TRANSPOSED": conv.transposed}
-        | {"ACT": tail.act, "PRECISION": precision, "WIDE": needs_wide(x, y, tail.residual, dot_with)}
-        | {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_N": block.columns, "BLOCK_K": block.depth}
-    )
-    programs = tiles[0] * tiles[1] * tiles[2] * conv.phases * ceil_div(c_out, block.columns)
-    read = (x, weight, in_scale, tail.out_scale, tail.noise, tail.noise_strength, tail.bias, tail.residual)
+    images = {"x": x, "y": y, "residual": tail.residual, "dot": dot_with}
+    pointers = {"w": weight, "in_scale": in_scale, "out_scale": tail.out_scale, "noise": tail.noise, "bias": tail.bias}
+    pointers |= {"strength": tail.noise_strength, "c": c if save_conv else None, "parts": parts, **images}
+    numbers = {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3]}
+    numbers |= {"out_h": out_hw[0], "out_w": out_hw[1], "tiles_h": tiles[1], "tiles_w": tiles[2]}
+    numbers |= {"pad_h": conv.padding[0], "pad_w": conv.padding[1], "alpha": tail.alpha, "gain": tail.gain}
+    numbers |= {"clamp": tail.clamp, "residual_gain": tail.residual_gain}
+    numbers |= _strides(images, weight, in_scale, tail, conv.transposed)
+    constants = {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], **conv.constants(), "ACT": tail.act}
+    constants |= {"PRECISION": precision, "WIDE": needs_wide(*images.values()), "BLOCK_N": block.columns}
+    constants |= {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_K": block.depth}
     # Every tap meets every pixel of the convolution's small side once; padding is counted as pixels.
     small_hw = x.shape[2] * x.shape[3] if conv.transposed else out_hw[0] * out_hw[1]
     launch = Launch(
         conv_fwd_kernel,
-        (programs,),
-        arguments,
+        (tiles[0] * tiles[1] * tiles[2] * conv.phases * ceil_div(c_out, block.columns),),
+        {f"{name}_ptr": t for name, t in pointers.items()} | numbers,
         constants,
         num_warps=block.warps,
         num_stages=block.stages,
-        bytes=traffic(*read, dot_with, y, c, parts),
+        bytes=traffic(*pointers.values()),
         flops=2 * x.shape[0] * small_hw * c_in * c_out * kernel_hw[0] * kernel_hw[1],
     )
     many = parts is not None and parts is not sums
@@ -403,8 +406,8 @@ def _strides(
 
 
 def shipped() -> Iterator[tuple[str, list[Launch]]]:
-    """(label, launches) of every layer in :mod:`fastgan.kernels._layers`: its forward as inference runs it, and in
-    float16 also as training does, which saves the product."""
+    """(label, launches) of every layer in :mod:`fastgan.kernels._layers`: its forward as inference runs it; in float16
+    also as training does, which saves the product, and its data gradient with that of in_scale."""
     for label, layer, variant in shipped_layers():
         conv = Convolution((layer.stride,) * 2, (layer.padding,) * 2, (0, 0), (1, 1), layer.transposed)
         x = variant.image(layer.batch, layer.c_in, layer.size, layer.size)
@@ -424,6 +427,11 @@ def shipped() -> Iterator[tuple[str, list[Launch]]]:
         for save_conv in (False, True) if layer.demodulated and variant.dtype == torch.float16 else (False,):
             planned = plan(x, weight, in_scale, tail, conv, save_conv=save_conv, precision=variant.precision)
             yield f"{label}{' saving the product' if save_conv else ''}", planned.launches
+        if variant.dtype == torch.float16:
+            back = conv.adjoint((layer.size, layer.size), (layer.kernel, layer.kernel))
+            scales, dot_with = (tail.out_scale, Tail(out_scale=in_scale)), x if layer.modulated else None
+            planned = plan(planned.y, weight, *scales, back, dot_with=dot_with, precision=variant.precision)
+            yield f"{label} data gradient", planned.launches
 
 
 def _knows(x: Tensor, stride: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int) -> bool:
