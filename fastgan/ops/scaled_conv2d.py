@@ -71,7 +71,7 @@ def scaled_conv2d(
         transposed: transposed convolution (the adjoint of the convolution with the same weight).
         groups: as in torch.
         epilogue: what follows; None means nothing.
-        backend: "reference" or "cpp"; None chooses.
+        backend: "reference", "cpp" or "triton"; None chooses.
 
     Returns:
         [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), half types are rounded

@@ -53,12 +53,6 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch):
-    """The largest tile: each program costs the interpreter about the same, whatever its size."""
-    monkeypatch.setattr(_tiles, "BUSY", 1)
-
-
 @contextlib.contextmanager
 def float32_precision(name: str):
     """torch's precision of float32 convolutions, "ieee" or "tf32", inside the ``with`` block."""
@@ -68,6 +62,14 @@ def float32_precision(name: str):
         yield
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def _exact_and_few_programs(monkeypatch):
+    """Exact float32, and the largest tiles: each program costs the interpreter about the same, whatever its size."""
+    monkeypatch.setattr(_tiles, "BUSY", 1)
+    with float32_precision("ieee"):
+        yield
 
 
 def make_inputs(geometry: str, pointwise: dict, *, n: int = 2, dtype=torch.float32) -> dict[str, Tensor]:
