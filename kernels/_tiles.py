@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ._dot import has_tensor_cores
+
 # Programs that keep a GPU busy: an A100 has 108 multiprocessors, an H100 132, an RTX 4090 128. Fixed rather than asked
 # of the device, so that a plan made without one is the plan that runs.
 BUSY = 128
@@ -87,12 +89,12 @@ def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int)
     """Tile of pixels × C_out × C_in of the forward kernel.
 
     Tensor cores want large tiles: 128 × 128 in eight warps keeps 64 sums a thread, and three stages of 64 channels
-    deep take 96 KiB of shared memory, which sm_80 … sm_120 have (sm_75 buffers in registers, and uses 32 KiB). Ordinary
-    units gain nothing from that: a float32 tile is 64 × 64. NCHW pixels shifted by a tap are read one by one and wait
-    in registers, which 64 channels of them would overflow: half as deep. Small layers halve the tile until the programs
-    fill a GPU.
+    deep take 96 KiB of shared memory, which sm_80 … sm_120 have. Ordinary units (exact float32, and everything before
+    sm_80, where Triton knows no others) gain nothing from that: 64 × 64. NCHW pixels shifted by a tap are read one by
+    one and wait in registers, which 64 channels of them would overflow: half as deep. Small layers halve the tile until
+    the programs fill a GPU.
     """
-    half = x.dtype != torch.float32
+    half = x.dtype != torch.float32 and has_tensor_cores(x.device)
     columns = min(128 if half else 64, max(16, triton.next_power_of_2(c_out)))
     rows = 128 if half else 64
     while rows > 16 and ceil_div(pixels, rows) * ceil_div(c_out, columns) < BUSY:

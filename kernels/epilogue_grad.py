@@ -19,7 +19,7 @@ from torch import Tensor
 from ._launch import Launch
 from ._layers import shipped_layers
 from ._tiles import ceil_div, needs_wide, splits_to_fill, traffic
-from .activation_grad import activation_factor
+from .activation_grad import activation_factor, clamp_in
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK_PARTS = 16
@@ -94,7 +94,8 @@ def epilogue_grad_kernel(
         else:
             at = sample * ref_stride_n + (h * ref_stride_h + w * ref_stride_w)[:, None] + (k * ref_stride_c)[None, :]
             ref = tl.load(ref_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            factor = activation_factor(ref, ACT, alpha, gain, clamp, FROM_OUTPUT, 1)
+            limit = clamp_in(clamp, ref_ptr.dtype.element_ty) if FROM_OUTPUT else clamp
+            factor = activation_factor(ref, ACT, alpha, gain, limit, FROM_OUTPUT, 1)
             g = tl.where(factor == 0.0, 0.0, g * factor) if clamp is not None else g * factor
         if g_ptr is not None:
             at = sample * g_stride_n + (h * g_stride_h + w * g_stride_w)[:, None] + (k * g_stride_c)[None, :]

@@ -350,7 +350,7 @@ def plan(
     if y.numel() == 0:
         return Planned(y, c, sums, [])
 
-    precision = precision or convolution_precision(x.dtype)
+    precision = precision or convolution_precision(x)
     phase_hw = conv.phase_hw(out_hw)
     block = forward_block(x, precision, x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases, c_in, c_out)
     width, joint_cost = 16 if is_channels_last(y) else 32, 1.0 if in_scale is None else 1.5

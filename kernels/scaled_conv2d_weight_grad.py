@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dot import convolution_precision, dot
+from ._dot import convolution_precision, dot, has_tensor_cores
 from ._launch import Launch
 from ._layers import shipped_layers
 from ._sum_parts import sum_parts
@@ -159,7 +159,7 @@ def plan(
     if n == 0:
         return x.new_zeros(weight_size, dtype=torch.float32), []
     out = x.new_empty(weight_size, dtype=torch.float32)
-    half = x.dtype != torch.float32
+    half = x.dtype != torch.float32 and has_tensor_cores(x.device)
     # In float32 32 rows: from 64 on, Hopper's TF32 product wants pixels contiguous, and NHWC has channels contiguous.
     block_o = min(128 if half else 32, max(16, triton.next_power_of_2(c_out)))
     # Scales keep a second sum per weight in registers.
@@ -188,7 +188,7 @@ def plan(
     constants |= {
         "DILATION_H": dilation[0],
         "DILATION_W": dilation[1],
-        "PRECISION": precision or convolution_precision(x.dtype),
+        "PRECISION": precision or convolution_precision(x),
     }
     constants |= {"BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_O": block_o, "BLOCK_I": block_i}
     constants |= {"WIDE": needs_wide(x, g)}
