@@ -8,6 +8,13 @@ result into s² phases by the remainders of the pixel's coordinates: within a ph
 are the same everywhere, so each phase is an ordinary convolution with its part of the weight, and the phase is part of
 the program's number. The same kernel is the data gradient: the adjoint of a convolution is the transposed one.
 
+Forward: one launch. First-order backward: at most six, in three pairs. A pair's first launch does all the work and
+leaves one part of each sum per program, its second adds the parts in a fixed order, so that every result is bitwise the
+same every time; where there is one part there is no second launch. The pairs are the epilogue's (g, out_scale, bias,
+noise strength: epilogue_grad.py), the data's (x and in_scale: here, summed while it convolves) and the weight's
+(scaled_conv2d_weight_grad.py). They depend on each other's results, but for the second launches, which belong to
+different ops. The noise map's own gradient, which only projection into a latent space asks for, is torch's sum.
+
 Source: implicit GEMM of Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", section 3.1; the phases
 are the sub-pixel convolution of Shi et al. 2016, arXiv 1609.07009.
 """
@@ -285,6 +292,10 @@ class Convolution:
         reached = back.output_hw(self.output_hw(input_hw, kernel_hw), kernel_hw)
         return replace(back, output_padding=(input_hw[0] - reached[0], input_hw[1] - reached[1]))
 
+    def pads(self) -> dict[str, int]:
+        """The kernel's run-time numbers."""
+        return {"pad_h": self.padding[0], "pad_w": self.padding[1]}
+
     def constants(self) -> dict[str, int | bool]:
         """The kernel's constants."""
         (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
@@ -310,6 +321,11 @@ class Tail:
     gain: float = 1.0
     clamp: float | None = None
     residual_gain: float = 1.0
+
+    def numbers(self) -> dict[str, float | None]:
+        """The kernel's run-time numbers."""
+        gains = {"gain": self.gain, "residual_gain": self.residual_gain}
+        return {"alpha": self.alpha, "clamp": self.clamp, **gains}
 
 
 class Planned(NamedTuple):
@@ -356,17 +372,13 @@ def plan(
     width, joint_cost = 16 if is_channels_last(y) else 32, 1.0 if in_scale is None else 1.5
     tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=width, joint_cost=joint_cost)
     tiles = tile.count(x.shape[0], *phase_hw)
-    parts = None
-    if dot_with is not None:
-        count = conv.phases * tiles[1] * tiles[2]
-        parts = sums if count == 1 else x.new_empty((count, *sums.shape), dtype=torch.float32)
+    count = conv.phases * tiles[1] * tiles[2]
+    parts = None if dot_with is None else sums if count == 1 else sums.new_empty((count, *sums.shape))
     images = {"x": x, "y": y, "residual": tail.residual, "dot": dot_with}
     pointers = {"w": weight, "in_scale": in_scale, "out_scale": tail.out_scale, "noise": tail.noise, "bias": tail.bias}
     pointers |= {"strength": tail.noise_strength, "c": c if save_conv else None, "parts": parts, **images}
-    numbers = {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3]}
-    numbers |= {"out_h": out_hw[0], "out_w": out_hw[1], "tiles_h": tiles[1], "tiles_w": tiles[2]}
-    numbers |= {"pad_h": conv.padding[0], "pad_w": conv.padding[1], "alpha": tail.alpha, "gain": tail.gain}
-    numbers |= {"clamp": tail.clamp, "residual_gain": tail.residual_gain}
+    numbers = {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3], **conv.pads()}
+    numbers |= {"out_h": out_hw[0], "out_w": out_hw[1], "tiles_h": tiles[1], "tiles_w": tiles[2], **tail.numbers()}
     numbers |= _strides(images, weight, in_scale, tail, conv.transposed)
     constants = {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], **conv.constants(), "ACT": tail.act}
     constants |= {"PRECISION": precision, "WIDE": needs_wide(*images.values()), "BLOCK_N": block.columns}
@@ -383,7 +395,7 @@ def plan(
         bytes=traffic(*pointers.values()),
         flops=2 * x.shape[0] * small_hw * c_in * c_out * kernel_hw[0] * kernel_hw[1],
     )
-    many = parts is not None and parts is not sums
+    many = dot_with is not None and count > 1
     return Planned(y, c, sums, [launch, sum_parts(parts, sums, sums.numel())] if many else [launch])
 
 
