@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastgan._native import TRITON_INTERPRETED
 
@@ -26,8 +29,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def convolution_precision(dtype: torch.dtype) -> str:
-    """PRECISION of a convolution of ``dtype``: "tf32" only for float32 and where torch allows its own convolutions
-    TF32, by ``torch.backends.cudnn.conv.fp32_precision`` or the older ``torch.backends.cudnn.allow_tf32``."""
-    allowed = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+@functools.cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies on tensor cores on ``device``: from sm_80 on, which is also what is assumed of a device
+    that is not a GPU, where launches are only planned or interpreted."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def convolution_precision(x: Tensor) -> str:
+    """PRECISION of a convolution of ``x``: "tf32" only for float32 and where torch allows its own convolutions TF32, by
+    ``torch.backends.cudnn.conv.fp32_precision`` or the older ``torch.backends.cudnn.allow_tf32``."""
+    allowed = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed and has_tensor_cores(x.device) else "ieee"

@@ -21,7 +21,7 @@ _DIMS, _BLOCK = 4, 1024
 @triton.jit
 def activation_factor(ref, ACT: tl.constexpr, alpha, gain, clamp, FROM_OUTPUT: tl.constexpr, ORDER: tl.constexpr):
     """The factor on g in float32: order 1 the derivative of clamp(gain · act(z), ±clamp), order 2 the derivative of
-    that factor along ``ref``, which is the result y (FROM_OUTPUT) or z itself."""
+    that factor along ``ref``, which is the result y (FROM_OUTPUT, and ``clamp`` as y's dtype holds it) or z itself."""
     t = ref / gain if FROM_OUTPUT else act(ref, ACT, alpha)
     if ORDER == 1:
         factor = gain * slope(t, ref, ACT, alpha)
@@ -36,6 +36,14 @@ def activation_factor(ref, ACT: tl.constexpr, alpha, gain, clamp, FROM_OUTPUT: t
         y = ref if FROM_OUTPUT else t * gain
         factor = tl.where(tl.abs(y) >= clamp, 0.0, factor)
     return factor
+
+
+@triton.jit
+def clamp_in(clamp, dtype: tl.constexpr):
+    """``clamp`` as a result of ``dtype`` holds it: 0.9 in float16 is 0.8999, and a clamped result must count as one."""
+    if clamp is not None:
+        clamp = (tl.zeros([], tl.float32) + clamp).to(dtype).to(tl.float32)
+    return clamp
 
 
 @triton.jit
@@ -84,7 +92,8 @@ def activation_grad_kernel(
         at_out = d0 * out_stride_0 + d1 * out_stride_1 + d2 * out_stride_2 + d3 * out_stride_3
     ref = tl.load(ref_ptr + at_ref, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + at_g, mask=mask, other=0.0).to(tl.float32)
-    factor = activation_factor(ref, ACT, alpha, gain, clamp, FROM_OUTPUT, ORDER)
+    limit = clamp_in(clamp, ref_ptr.dtype.element_ty) if FROM_OUTPUT else clamp
+    factor = activation_factor(ref, ACT, alpha, gain, limit, FROM_OUTPUT, ORDER)
     # A gradient of infinity stays out of where the clamp holds, as it stays out of torch's.
     result = tl.where(factor == 0.0, 0.0, g * factor) if clamp is not None else g * factor
     tl.store(out_ptr + at_out, result.to(out_ptr.dtype.element_ty), mask=mask)

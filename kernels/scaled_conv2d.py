@@ -8,13 +8,22 @@ result into s² phases by the remainders of the pixel's coordinates: within a ph
 are the same everywhere, so each phase is an ordinary convolution with its part of the weight, and the phase is part of
 the program's number. The same kernel is the data gradient: the adjoint of a convolution is the transposed one.
 
+Forward: one launch. First-order backward: at most six, in three pairs. A pair's first launch does all the work and
+leaves one part of each sum per program, its second adds the parts in a fixed order, so that every result is bitwise the
+same every time; where there is one part there is no second launch. The pairs are the epilogue's (g, out_scale, bias,
+noise strength: epilogue_grad.py), the data's (x and in_scale: here, summed while it convolves) and the weight's
+(scaled_conv2d_weight_grad.py). They depend on each other's results, but for the second launches, which belong to
+different ops. The noise map's own gradient, which only projection into a latent space asks for, is torch's sum.
+
 Source: implicit GEMM of Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", section 3.1; the phases
 are the sub-pixel convolution of Shi et al. 2016, arXiv 1609.07009.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +33,8 @@ from torch import Tensor
 from ._activation import activate
 from ._dot import convolution_precision, dot
 from ._launch import Launch
+from ._layers import shipped_layers
+from ._sum_parts import sum_parts
 from ._tiles import (
     ceil_div,
     empty_result,
@@ -74,6 +85,8 @@ def conv_fwd_kernel(
     residual_ptr,  # [N, C_out, H', W'], or None
     y_ptr,  # [N, C_out, H', W']
     c_ptr,  # like y, float32: the product before out_scale, or None
+    dot_ptr,  # like y by its own strides: to multiply the product with and sum over pixels, or None
+    parts_ptr,  # [phases · tiles of a sample, N, C_out] float32: those sums per tile
     n,
     c_in,
     c_out,
@@ -102,6 +115,10 @@ def conv_fwd_kernel(
     y_stride_c,
     y_stride_h,
     y_stride_w,
+    dot_stride_n,
+    dot_stride_c,
+    dot_stride_h,
+    dot_stride_w,
     pad_h,
     pad_w,
     alpha,
@@ -140,6 +157,7 @@ def conv_fwd_kernel(
     pid = tl.program_id(0)
     o = pid % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // tiles_c
+    part = pid % (PHASES * tiles_w * tiles_h)
     phase_h, phase_w = pid % PHASES // PHASES_W, pid % PHASES_W
     pid = pid // PHASES
     m = tl.arange(0, BLOCK_M)
@@ -147,11 +165,10 @@ def conv_fwd_kernel(
     pid = pid // tiles_w
     q_h = pid % tiles_h * BLOCK_H + m // BLOCK_W % BLOCK_H
     # A scalar where a tile is within one sample: then a scale is one vector of channels instead of a matrix.
-    sample = (pid // tiles_h).to(tl.int64)
+    first_sample = (pid // tiles_h).to(tl.int64) * BLOCK_S
+    sample = first_sample + tl.zeros([1, 1], tl.int64)
     if BLOCK_S > 1:
-        sample = sample * BLOCK_S + (m // (BLOCK_W * BLOCK_H))[:, None]
-    else:
-        sample = sample + tl.zeros([1, 1], tl.int64)
+        sample = first_sample + (m // (BLOCK_W * BLOCK_H))[:, None]
     k = tl.arange(0, BLOCK_K)
     if WIDE:
         q_h, q_w, o, k = q_h.to(tl.int64), q_w.to(tl.int64), o.to(tl.int64), k.to(tl.int64)
@@ -215,6 +232,13 @@ def conv_fwd_kernel(
     y_at = sample * y_stride_n + (oh * y_stride_h + ow * y_stride_w)[:, None] + (o * y_stride_c)[None, :]
     if c_ptr is not None:
         tl.store(c_ptr + y_at, acc, mask=valid)
+    if dot_ptr is not None:
+        at = sample * dot_stride_n + (oh * dot_stride_h + ow * dot_stride_w)[:, None] + (o * dot_stride_c)[None, :]
+        dotted = tl.where(valid, acc * tl.load(dot_ptr + at, mask=valid, other=0.0).to(tl.float32), 0.0)
+        dotted = tl.sum(tl.reshape(dotted, [BLOCK_S, BLOCK_H * BLOCK_W, BLOCK_N]), axis=1)
+        s = (first_sample + tl.arange(0, BLOCK_S))[:, None]
+        at = (part.to(tl.int64) * n + s) * c_out + o[None, :]
+        tl.store(parts_ptr + at, dotted, mask=(s < n) & (o < c_out)[None, :])
     if out_scale_ptr is not None:
         at = sample * out_scale_stride_n + (o * out_scale_stride_c)[None, :]
         acc *= tl.load(out_scale_ptr + at, mask=in_batch & (o < c_out)[None, :], other=0.0)
@@ -260,6 +284,24 @@ class Convolution:
         steps = self.stride if self.transposed else (1, 1)
         return ceil_div(output_hw[0], steps[0]), ceil_div(output_hw[1], steps[1])
 
+    def adjoint(self, input_hw: tuple[int, int], kernel_hw: tuple[int, int]) -> Convolution:
+        """The convolution that maps cotangents of the result back to an input of ``input_hw``, with the same weight."""
+        if self.transposed:
+            return replace(self, output_padding=(0, 0), transposed=False)
+        back = replace(self, transposed=True)
+        reached = back.output_hw(self.output_hw(input_hw, kernel_hw), kernel_hw)
+        return replace(back, output_padding=(input_hw[0] - reached[0], input_hw[1] - reached[1]))
+
+    def pads(self) -> dict[str, int]:
+        """The kernel's run-time numbers."""
+        return {"pad_h": self.padding[0], "pad_w": self.padding[1]}
+
+    def constants(self) -> dict[str, int | bool]:
+        """The kernel's constants."""
+        (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
+        strides = {"STRIDE_H": stride_h, "STRIDE_W": stride_w, "TRANSPOSED": self.transposed}
+        return strides | {"DILATION_H": dilation_h, "DILATION_W": dilation_w}
+
     @property
     def phases(self) -> int:
         return self.stride[0] * self.stride[1] if self.transposed else 1
@@ -280,66 +322,89 @@ class Tail:
     clamp: float | None = None
     residual_gain: float = 1.0
 
+    def numbers(self) -> dict[str, float | None]:
+        """The kernel's run-time numbers."""
+        gains = {"gain": self.gain, "residual_gain": self.residual_gain}
+        return {"alpha": self.alpha, "clamp": self.clamp, **gains}
+
+
+class Planned(NamedTuple):
+    """Results, and the launches that fill them: one, none for an empty batch, two where sums are asked for and a sample
+    has several tiles."""
+
+    y: Tensor
+    c: Tensor  # the product before out_scale; empty where not asked for
+    sums: Tensor  # [N, C_out] of it times ``dot_with``; empty where not asked for
+    launches: list[Launch]
+
 
 def plan(
-    x: Tensor, weight: Tensor, in_scale: Tensor | None, tail: Tail, conv: Convolution, save_conv: bool
-) -> tuple[Tensor, Tensor, Launch | None]:
-    """The result, the saved product (empty without ``save_conv``) and the one launch that fills them; None for an empty
-    batch. Works on meta tensors."""
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None,
+    tail: Tail,
+    conv: Convolution,
+    *,
+    save_conv: bool = False,
+    dot_with: Tensor | None = None,
+    precision: str | None = None,
+) -> Planned:
+    """Decide the launch. Works on meta tensors.
+
+    Args:
+        save_conv: write the product before out_scale, too, in float32.
+        dot_with: [N, C_out, H', W']: sum over pixels of its product with the product before out_scale, too.
+        precision: None asks torch's settings.
+    """
     kernel_hw = (weight.shape[2], weight.shape[3])
     c_out, c_in = (weight.shape[1], weight.shape[0]) if conv.transposed else (weight.shape[0], weight.shape[1])
     out_hw = conv.output_hw((x.shape[2], x.shape[3]), kernel_hw)
     shape = (x.shape[0], c_out, *out_hw)
     y = empty_result(x, weight, shape, x.dtype)
     c = empty_result(x, weight, shape, torch.float32) if save_conv else x.new_empty(0, dtype=torch.float32)
+    sums = x.new_empty(shape[:2] if dot_with is not None else (0,), dtype=torch.float32)
     if y.numel() == 0:
-        return y, c, None
+        return Planned(y, c, sums, [])
 
-    precision = convolution_precision(x.dtype)
+    precision = precision or convolution_precision(x)
     phase_hw = conv.phase_hw(out_hw)
-    pixels = x.shape[0] * phase_hw[0] * phase_hw[1]
-    block = forward_block(x.dtype, precision, pixels * conv.phases, c_in, c_out)
-    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=16 if is_channels_last(y) else 32)
+    block = forward_block(x, precision, x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases, c_in, c_out)
+    width, joint_cost = 16 if is_channels_last(y) else 32, 1.0 if in_scale is None else 1.5
+    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=width, joint_cost=joint_cost)
     tiles = tile.count(x.shape[0], *phase_hw)
-    arguments = (
-        {"x_ptr": x, "w_ptr": weight, "in_scale_ptr": in_scale, "out_scale_ptr": tail.out_scale}
-        | {"noise_ptr": tail.noise, "strength_ptr": tail.noise_strength, "bias_ptr": tail.bias}
-        | {"residual_ptr": tail.residual, "y_ptr": y, "c_ptr": c if save_conv else None}
-        | {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3]}
-        | {"out_h": out_hw[0], "out_w": out_hw[1], "pad_h": conv.padding[0], "pad_w": conv.padding[1]}
-        | _strides(x, weight, in_scale, tail, y, conv.transposed)
-        | {"alpha": tail.alpha, "gain": tail.gain, "clamp": tail.clamp, "residual_gain": tail.residual_gain}
-        | {"tiles_h": tiles[1], "tiles_w": tiles[2]}
-    )
-    constants = (
-        {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], "STRIDE_H": conv.stride[0], "STRIDE_W": conv.stride[1]}
-        | {"DILATION_H": conv.dilation[0], "DILATION_W": conv.dilation[1], "TRANSPOSED": conv.transposed}
-        | {"ACT": tail.act, "PRECISION": precision, "WIDE": needs_wide(x, y, tail.residual)}
-        | {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_N": block.columns, "BLOCK_K": block.depth}
-    )
-    programs = tiles[0] * tiles[1] * tiles[2] * conv.phases * ceil_div(c_out, block.columns)
-    read = (x, weight, in_scale, tail.out_scale, tail.noise, tail.noise_strength, tail.bias, tail.residual)
+    count = conv.phases * tiles[1] * tiles[2]
+    parts = None if dot_with is None else sums if count == 1 else sums.new_empty((count, *sums.shape))
+    images = {"x": x, "y": y, "residual": tail.residual, "dot": dot_with}
+    pointers = {"w": weight, "in_scale": in_scale, "out_scale": tail.out_scale, "noise": tail.noise, "bias": tail.bias}
+    pointers |= {"strength": tail.noise_strength, "c": c if save_conv else None, "parts": parts, **images}
+    numbers = {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3], **conv.pads()}
+    numbers |= {"out_h": out_hw[0], "out_w": out_hw[1], "tiles_h": tiles[1], "tiles_w": tiles[2], **tail.numbers()}
+    numbers |= _strides(images, weight, in_scale, tail, conv.transposed)
+    constants = {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], **conv.constants(), "ACT": tail.act}
+    constants |= {"PRECISION": precision, "WIDE": needs_wide(*images.values()), "BLOCK_N": block.columns}
+    constants |= {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_K": block.depth}
     # Every tap meets every pixel of the convolution's small side once; padding is counted as pixels.
     small_hw = x.shape[2] * x.shape[3] if conv.transposed else out_hw[0] * out_hw[1]
     launch = Launch(
         conv_fwd_kernel,
-        (programs,),
-        arguments,
+        (tiles[0] * tiles[1] * tiles[2] * conv.phases * ceil_div(c_out, block.columns),),
+        {f"{name}_ptr": t for name, t in pointers.items()} | numbers,
         constants,
         num_warps=block.warps,
         num_stages=block.stages,
-        bytes=traffic(*read, y, c),
+        bytes=traffic(*pointers.values()),
         flops=2 * x.shape[0] * small_hw * c_in * c_out * kernel_hw[0] * kernel_hw[1],
     )
-    return y, c, launch
+    many = dot_with is not None and count > 1
+    return Planned(y, c, sums, [launch, sum_parts(parts, sums, sums.numel())] if many else [launch])
 
 
 def _strides(
-    x: Tensor, weight: Tensor, in_scale: Tensor | None, tail: Tail, y: Tensor, transposed: bool
+    images: dict[str, Tensor | None], weight: Tensor, in_scale: Tensor | None, tail: Tail, transposed: bool
 ) -> dict[str, int]:
     """All strides in elements; 0 where a tensor is None or is broadcast."""
     strides: dict[str, int] = {}
-    for name, t in (("x", x), ("y", y), ("residual", tail.residual)):
+    for name, t in images.items():
         values = (0, 0, 0, 0) if t is None else t.stride()
         strides |= {f"{name}_stride_{axis}": value for axis, value in zip("nchw", values, strict=True)}
     for axis, value in zip("iohw" if transposed else "oihw", weight.stride(), strict=True):
@@ -352,18 +417,64 @@ def _strides(
     return strides
 
 
+def shipped() -> Iterator[tuple[str, list[Launch]]]:
+    """(label, launches) of every layer in :mod:`fastgan.kernels._layers`: its forward as inference runs it; in float16
+    also as training does, which saves the product, and its data gradient with that of in_scale."""
+    for label, layer, variant in shipped_layers():
+        conv = Convolution((layer.stride,) * 2, (layer.padding,) * 2, (0, 0), (1, 1), layer.transposed)
+        x = variant.image(layer.batch, layer.c_in, layer.size, layer.size)
+        weight = variant.image(*layer.weight_shape)
+        out_hw = conv.output_hw((layer.size, layer.size), (layer.kernel, layer.kernel))
+        in_scale = variant.wide(layer.batch, layer.c_in) if layer.modulated else None
+        tail = Tail(
+            out_scale=variant.wide(layer.batch if layer.modulated else 1, layer.c_out) if layer.demodulated else None,
+            noise=variant.wide(1, 1, *out_hw) if layer.noise else None,
+            noise_strength=variant.wide() if layer.noise else None,
+            bias=variant.wide(layer.c_out) if layer.bias else None,
+            act=layer.act,
+            alpha=0.2 if layer.act == "lrelu" else 0.0,
+            gain=layer.gain,
+            clamp=layer.clamp,
+        )
+        for save_conv in (False, True) if layer.demodulated and variant.dtype == torch.float16 else (False,):
+            planned = plan(x, weight, in_scale, tail, conv, save_conv=save_conv, precision=variant.precision)
+            yield f"{label}{' saving the product' if save_conv else ''}", planned.launches
+        if variant.dtype == torch.float16:
+            back = conv.adjoint((layer.size, layer.size), (layer.kernel, layer.kernel))
+            scales, dot_with = (tail.out_scale, Tail(out_scale=in_scale)), x if layer.modulated else None
+            planned = plan(planned.y, weight, *scales, back, dot_with=dot_with, precision=variant.precision)
+            yield f"{label} data gradient", planned.launches
+
+
+def _knows(x: Tensor, stride: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int) -> bool:
+    """Whether there is a kernel: not for float64, groups, or a transposed convolution with both stride and dilation."""
+    dilated_phases = transposed and max(stride) > 1 and max(dilation) > 1
+    return x.dtype in _DTYPES and groups == 1 and not dilated_phases
+
+
 def scaled_conv2d(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):
     """``fastgan::scaled_conv2d`` on Triton: the op's arguments and results; one launch, none for an empty batch.
-
-    NotImplemented for float64, for groups, and for a transposed convolution with both stride and dilation.
-    """
+    NotImplemented where :func:`_knows` says so."""
     stride, padding, output_padding, dilation, transposed, groups, *pointwise, residual_gain, save_conv = settings
-    dilated_phases = transposed and max(stride) > 1 and max(dilation) > 1
-    if x.dtype not in _DTYPES or groups != 1 or dilated_phases:
+    if not _knows(x, stride, dilation, transposed, groups):
         return NotImplemented
     conv = Convolution(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), transposed)
     tail = Tail(out_scale, noise, noise_strength, bias, residual, *pointwise, residual_gain)
-    y, c, launch = plan(x, weight, in_scale, tail, conv, save_conv)
-    if launch is not None:
+    planned = plan(x, weight, in_scale, tail, conv, save_conv=save_conv)
+    for launch in planned.launches:
         launch.run()
-    return y, c
+    return planned.y, planned.c
+
+
+def scaled_conv2d_dot(
+    x, weight, in_scale, out_scale, dot_with, stride, padding, output_padding, dilation, transposed, groups
+):
+    """``fastgan::scaled_conv2d_dot`` on Triton: the op's arguments and results; two launches, one where a sample is one
+    tile. NotImplemented where :func:`_knows` says so."""
+    if not _knows(x, stride, dilation, transposed, groups):
+        return NotImplemented
+    conv = Convolution(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), transposed)
+    planned = plan(x, weight, in_scale, Tail(out_scale=out_scale), conv, dot_with=dot_with)
+    for launch in planned.launches:
+        launch.run()
+    return planned.y, planned.sums

@@ -79,7 +79,9 @@ def test_automatic_choice_falls_back_and_logs_once(caplog):
         for _ in range(3):
             ops.scaled_conv2d(X.to("meta"), W.to("meta"))
     assert [record.getMessage() for record in caplog.records] == [
-        "scaled_conv2d: cpp cannot run (it runs on cpu tensors, got meta); trying the next backend"
+        "scaled_conv2d: triton cannot run (it runs on cuda tensors, got meta; TRITON_INTERPRET=1 runs it on cpu "
+        "tensors, slowly); trying the next backend",
+        "scaled_conv2d: cpp cannot run (it runs on cpu tensors, got meta); trying the next backend",
     ]
 
 

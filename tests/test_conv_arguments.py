@@ -38,7 +38,8 @@ BAD = [
     (lambda: conv(epilogue={"noise": torch.ones(8, 8)}), r"noise must be \[H, W\] = \[6, 6\]"),
     (lambda: conv(epilogue={"residual": IMAGE}), r"residual must be .* \[2, 4, 6, 6\]"),
     (lambda: conv(backend="metal"), r"backend must be one of .* got 'metal'"),
-    (lambda: conv(backend="triton"), r"'triton' .* cannot run this call: it has no kernel"),
+    (lambda: conv(backend="triton"), r"'triton' .* cannot run this call: it runs on cuda tensors, got cpu"),
+    (lambda: conv(backend="cuda"), r"'cuda' .* cannot run this call: it has no kernel"),
 ]  # fmt: skip
 
 

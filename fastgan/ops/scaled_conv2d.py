@@ -19,6 +19,7 @@ from fastgan.ops._conv_arguments import ConvArguments, check_call, kernel_tensor
 from fastgan.ops._conv_arguments import resolve as resolve_arguments
 from fastgan.ops._epilogue import Activated, epilogue_grads
 from fastgan.ops._library import define
+from fastgan.ops.epilogue_grad import epilogue_grad
 from fastgan.ops.pixel_dot import pixel_dot
 from fastgan.reference.activation import resolve
 from fastgan.reference.epilogue import Epilogue, apply_epilogue
@@ -69,7 +70,7 @@ def scaled_conv2d(
         transposed: transposed convolution (the adjoint of the convolution with the same weight).
         groups: as in torch.
         epilogue: what follows; None means nothing.
-        backend: "reference" or "cpp"; None chooses.
+        backend: "reference", "cpp" or "triton"; None chooses.
 
     Returns:
         [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), half types are rounded
@@ -222,6 +223,10 @@ def _linear_and_scale_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """The scaled convolution, and the gradient of its out_scale against the cotangent ``dot_with`` (None: not
     wanted)."""
+    # Triton sums while it convolves and never writes the product, which only a second order needs.
+    if dot_with is not None and not torch.is_grad_enabled() and backends.triton_can_run(x.device, x.dtype) is None:
+        y, dot = _dot_op(x, weight, in_scale, out_scale, dot_with, *geometry.as_args())
+        return y, dot.sum_to_size(out_scale.shape)
     y, c = _linear(x, weight, in_scale, out_scale, geometry, save_conv=dot_with is not None)
     return y, None if dot_with is None else pixel_dot(dot_with, c).sum_to_size(out_scale.shape)
 
@@ -268,16 +273,12 @@ def _conv_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, in_scale, out_scale, noise, strength, bias, saved_y, c if ctx.save_conv else None)
 
 
-def _before_activation(ctx, grad_y: Tensor) -> Tensor:
-    """The cotangent of what the activation is applied to."""
-    _, _, _, out_scale, noise, strength, bias, y, _ = ctx.saved_tensors
-
-    def before() -> Tensor:
-        z = _product(ctx)
-        z = z if out_scale is None else z * out_scale[:, :, None, None]
-        return apply_epilogue(z, Epilogue(noise=noise, noise_strength=strength, bias=bias))
-
-    return ctx.act.cotangent(grad_y, y, before)
+def _activation_argument(ctx) -> Tensor:
+    """What the activation was applied to, computed again."""
+    out_scale, noise, strength, bias = ctx.saved_tensors[3:7]
+    z = _product(ctx)
+    z = z if out_scale is None else z * out_scale[:, :, None, None]
+    return apply_epilogue(z, Epilogue(noise=noise, noise_strength=strength, bias=bias))
 
 
 def _product(ctx) -> Tensor:
@@ -288,14 +289,12 @@ def _product(ctx) -> Tensor:
 
 def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
     x, weight, in_scale, out_scale = ctx.saved_tensors[:4]
-    need_x, need_w, need_in, need_out = ctx.needs_input_grad[:4]
+    need_x, need_w, need_in = ctx.needs_input_grad[:3]
     grads: list[Tensor | None] = [None] * 8
     g, g_scale = None, None  # the cotangent of conv(in_scale ⊙ x, weight) is g_scale ⊙ g
     if grad_y is not None:
-        g, g_scale = (_before_activation(ctx, grad_y), out_scale) if any(ctx.needs_input_grad[:7]) else (None, None)
-        grads[4:8] = epilogue_grads(ctx.needs_input_grad[4:8], grad_y, g, *ctx.saved_tensors[4:7], ctx.residual_gain)
-        if need_out:
-            grads[3] = pixel_dot(g, _product(ctx)).sum_to_size(out_scale.shape)
+        g_scale = out_scale
+        g, grads[3:8] = _epilogue_backward(ctx, grad_y)
     if grad_c is not None:
         scaled = 0 if g is None else (g if out_scale is None else g * out_scale[:, :, None, None])
         g, g_scale = (grad_c + scaled).to(x.dtype), None
@@ -313,6 +312,39 @@ def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
     return (*grads, *[None] * 12)
 
 
+def _epilogue_backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The cotangent g of what the activation is applied to (None if nothing needs it), and the gradients of out_scale,
+    noise, noise_strength, bias and residual.
+
+    On Triton the sums over pixels are one op's, which reads the pixels once.
+    """
+    out_scale, noise, strength, bias, y = ctx.saved_tensors[3:8]
+    need_out, need_noise, need_strength, need_bias, need_residual = ctx.needs_input_grad[3:8]
+    others = (noise, strength, bias, ctx.residual_gain)
+    if not any(ctx.needs_input_grad[:7]):
+        return None, [None, *epilogue_grads(ctx.needs_input_grad[4:8], grad_y, None, *others)]
+    summed = need_out or need_strength or need_bias
+    if not summed or backends.triton_can_run(grad_y.device, grad_y.dtype) is not None:
+        g = ctx.act.cotangent(grad_y, y, lambda: _activation_argument(ctx))
+        grad_scale = pixel_dot(g, _product(ctx)).sum_to_size(out_scale.shape) if need_out else None
+        return g, [grad_scale, *epilogue_grads(ctx.needs_input_grad[4:8], grad_y, g, *others)]
+    from_output = y is not None or ctx.act.linear
+    ref = y if from_output else _activation_argument(ctx)
+    g, over_pixels, over_all, with_noise = epilogue_grad(
+        grad_y,
+        ref,
+        _product(ctx) if need_out else None,
+        noise if need_strength else None,
+        *ctx.act,
+        from_output,
+        need_bias,
+    )
+    g = grad_y if ctx.act.identity else g
+    grads = epilogue_grads((need_noise, False, False, need_residual), grad_y, g, *others)
+    grads[1:3] = with_noise if need_strength else None, over_all if need_bias else None
+    return g, [over_pixels.sum_to_size(out_scale.shape) if need_out else None, *grads]
+
+
 _conv_op = define(
     _NAME,
     "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor? noise, Tensor? noise_strength,"
@@ -325,6 +357,46 @@ _conv_op = define(
     backward=_conv_backward,
     differentiable_results=2,
     triton="scaled_conv2d.scaled_conv2d",
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastgan::scaled_conv2d_dot: the linear part, and Σ over pixels of its product before out_scale with another tensor:
+# the gradients of x and of in_scale in one pass. First order only; a second order needs the product itself.
+
+
+def _dot_fallback(x, weight, in_scale, out_scale, dot_with, *geometry):
+    tail = ("linear", 0.0, 1.0, None, 1.0, True)
+    y, c = _conv_fallback(x, weight, in_scale, out_scale, None, None, None, None, *geometry, *tail)
+    return y, pixel_dot(dot_with, c)
+
+
+def _dot_fake(x, weight, in_scale, out_scale, dot_with, *geometry):
+    tail = ("linear", 0.0, 1.0, None, 1.0, False)
+    y, _ = _conv_fake(x, weight, in_scale, out_scale, None, None, None, None, *geometry, *tail)
+    return y, x.new_empty(y.shape[:2], dtype=_check.accumulate_dtype(x.dtype))
+
+
+def _dot_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _dot_backward(ctx, *gradients):
+    raise NotImplementedError(
+        "scaled_conv2d_dot: it has no derivative; backward passes that will be differentiated run scaled_conv2d"
+    )
+
+
+_dot_op = define(
+    "scaled_conv2d_dot",
+    "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor dot_with, int[2] stride, int[2] padding,"
+    " SymInt[2] output_padding, int[2] dilation, bool transposed, int groups) -> (Tensor, Tensor)",
+    fallback=_dot_fallback,
+    fake=_dot_fake,
+    setup_context=_dot_setup,
+    backward=_dot_backward,
+    differentiable_results=2,
+    triton="scaled_conv2d.scaled_conv2d_dot",
 )
 
 
