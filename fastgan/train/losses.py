@@ -87,9 +87,9 @@ def wgan_gp(
     # Drawn in float32 whatever the images are, so that the same seed mixes the same images.
     alpha = torch.rand(shape, generator=generator, device=device).to(real)
     mixed = torch.lerp(real.detach(), fake.detach(), alpha).requires_grad_()
-    (gradient,) = _inner("wgan_gp", critic(mixed).sum(), "critic's image", mixed, every)
+    gradient = _inner("wgan_gp", critic(mixed).sum(), "critic's image", mixed, every)
     # vector_norm and not √Σ: at zero, the root's slope is infinite and its product with 0 a NaN.
-    norms = torch.linalg.vector_norm(_wide(gradient).flatten(1), dim=1)
+    norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return (norms - target).square().mean() * (weight * every)
 
 
@@ -150,9 +150,9 @@ def path_length_penalty(
         raise ValueError(f"path_length_penalty: ws must be [N, L, w_dim], got {list(ws.shape)}")
     pixels = images.shape[2] * images.shape[3]
     moved = (_wide(images) * _wide(noise)).sum() / pixels**0.5
-    (gradient,) = _inner("path_length_penalty", moved, "ws", ws, every)
+    gradient = _inner("path_length_penalty", moved, "ws", ws, every)
     # √(mean over layers of sums) is the norm of a sample's gradient over √L; see wgan_gp for why not by a root.
-    lengths = torch.linalg.vector_norm(_wide(gradient).flatten(1), dim=1) / ws.shape[1] ** 0.5
+    lengths = torch.linalg.vector_norm(gradient.flatten(1), dim=1) / ws.shape[1] ** 0.5
     mean = torch.as_tensor(mean, dtype=lengths.dtype, device=lengths.device)
     mean = mean + decay * (lengths.mean() - mean)
     penalty = (lengths - mean).square().mean() * (weight * every)
@@ -177,31 +177,28 @@ def lazy_adam(every: int, *, lr: float, betas: tuple[float, float]) -> dict[str,
 
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, appendix B.
     """
-    _check_every("lazy_adam", every)
+    if every < 1:
+        raise ValueError(f"lazy_adam: every must be at least 1, got {every}")
     share = every / (every + 1)
     return {"lr": lr * share, "betas": (betas[0] ** share, betas[1] ** share)}
 
 
 def _zero_centred(name: str, logits: Tensor, images: Tensor, gamma: float, every: int) -> Tensor:
-    (gradient,) = _inner(name, logits.sum(), "images", images, every)
-    return _wide(gradient).square().flatten(1).sum(1).mean() * (gamma / 2 * every)
+    gradient = _inner(name, logits.sum(), "images", images, every)
+    return gradient.square().flatten(1).sum(1).mean() * (gamma / 2 * every)
 
 
-def _inner(name: str, total: Tensor, what: str, inputs: Tensor, every: int) -> tuple[Tensor, ...]:
-    """∂total/∂inputs, to be differentiated again."""
-    _check_every(name, every)
-    if not (inputs.requires_grad and total.requires_grad):
-        raise ValueError(f"{name}: {what} must require a gradient and be used, got one that no gradient reaches")
-    # allow_unused, to answer in our own words.
-    (gradient,) = torch.autograd.grad(total, (inputs,), create_graph=True, allow_unused=True)
-    if gradient is None:
-        raise ValueError(f"{name}: {what} must require a gradient and be used, got one that no gradient reaches")
-    return (gradient,)
-
-
-def _check_every(name: str, every: int) -> None:
+def _inner(name: str, total: Tensor, what: str, inputs: Tensor, every: int) -> Tensor:
+    """∂total/∂inputs in at least float32, to be differentiated again."""
     if every < 1:
         raise ValueError(f"{name}: every must be at least 1, got {every}")
+    gradient = None
+    if inputs.requires_grad and total.requires_grad:
+        # allow_unused, to answer in our own words.
+        (gradient,) = torch.autograd.grad(total, (inputs,), create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError(f"{name}: {what} must require a gradient and be used, got one that no gradient reaches")
+    return _wide(gradient)
 
 
 def _wide(x: Tensor) -> Tensor:
