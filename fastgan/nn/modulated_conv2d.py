@@ -240,7 +240,8 @@ class ModulatedConv2d(_Modulated):
             bias_path=None,
             clamp=clamp,
         )
-        self.up, self.down, self.noise, self.act, keys = up, down, noise, act, self._keys
+        # Not self.noise: rosinality's layer has a module of that name.
+        self.up, self.down, self.has_noise, self.act, keys = up, down, noise, act, self._keys
         if noise:
             shape = () if keys.noise_const else (1,)
             _place(self, keys.noise_strength, nn.Parameter(torch.zeros(shape)))
@@ -300,12 +301,12 @@ class ModulatedConv2d(_Modulated):
 
     def _find_noise(self, noise: Tensor | str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         if isinstance(noise, Tensor):
-            if not self.noise:
+            if not self.has_noise:
                 raise ValueError(f"ModulatedConv2d: noise must be 'none' without a strength, got {list(noise.shape)}")
             return noise[0, 0] if noise.ndim == 4 and noise.shape[0] == 1 else noise
         if noise not in ("random", "const", "none"):
             raise ValueError(f"ModulatedConv2d: noise must be a Tensor or one of random, const, none, got {noise!r}")
-        if noise == "none" or not self.noise:
+        if noise == "none" or not self.has_noise:
             return None
         if noise == "random":
             return torch.randn(shape, device=like.device, dtype=like.dtype)
@@ -314,7 +315,7 @@ class ModulatedConv2d(_Modulated):
         return attrgetter(self._keys.noise_const)(self)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, up={self.up}, down={self.down}, noise={self.noise}, act={self.act}"
+        return f"{super().extra_repr()}, up={self.up}, down={self.down}, noise={self.has_noise}, act={self.act}"
 
 
 class ToRGB(_Modulated):
