@@ -165,13 +165,20 @@ def test_images_logits_and_gradients_match_plain_torch(resolution: int, c_dim: i
         logits = critic(image, c)
         inputs = [latent, *generator.parameters(), *critic.parameters()]
         results.append([image, logits, *torch.autograd.grad(logits.square().sum() + image.square().sum(), inputs)])
-    names = ["image", "logits", "z", *[n for model in models for n, _ in model.named_parameters()]]
-    order = dict(zip(names[3:], results[0][2 + 1 :], strict=True))
     assert results[0][0].shape == (8, 3, resolution, resolution) and results[0][1].shape == (8, 1)
-    twin_names = ["image", "logits", "z", *[n for model in (plain, plain_critic) for n, _ in model.named_parameters()]]
-    twins = dict(zip(twin_names, results[1], strict=True))
-    for name, value in {**dict(zip(names[:3], results[0][:3], strict=True)), **order}.items():
-        assert relative(value, twins[name]) < 1e-10, name
+    ours, theirs = (
+        dict(
+            zip(
+                ["image", "logits", "z", *(n for model in pair for n, _ in model.named_parameters())],
+                found,
+                strict=True,
+            )
+        )
+        for pair, found in zip((models, (plain, plain_critic)), results, strict=True)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert relative(value, theirs[name]) < 1e-10, name
 
 
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
@@ -291,17 +298,13 @@ def test_style_mixing() -> None:
 
 
 def test_which_layer_takes_which_style() -> None:
-    """4×4: 0, image 1; 8×8: 1 and 2, image 3; …: a style's gradient vanishes exactly where it is not used."""
+    """4×4: 0, image 1; 8×8: 1 and 2, image 3; …: an image has the style of the next block's first layer."""
     generator, _ = networks()
-    ws = generator.mapping(latents()).detach().requires_grad_()
+    ws = torch.randn(4, 6, 8).double()
     seen: dict[str, Tensor] = {}
     for name, module in generator.synthesis.named_modules():
         if name.endswith(("conv0", "conv1", "torgb")):
             module.affine.register_forward_pre_hook(lambda m, given, name=name: seen.update({name: given[0]}))
-    generator.synthesis(ws)
-    used = {name: next(i for i in range(6) if torch.equal(w, ws[:, i])) for name, w in seen.items() if len(w)}
-    # All rows of ws are alike here, so mark them.
-    ws = ws.detach() + torch.arange(6, dtype=torch.float64)[None, :, None]
     generator.synthesis(ws)
     used = {name: next(i for i in range(6) if torch.equal(w, ws[:, i])) for name, w in seen.items()}
     assert used == {
@@ -394,18 +397,18 @@ def test_compiles_without_breaks(noise_mode: str) -> None:
 
 
 def test_one_convolution_per_layer() -> None:
-    """No weight per sample, no second convolution, nothing beside it: noise, bias, activation and image ride along."""
+    """No weight per sample, no second convolution: the linear layers are such calls too, the sums are within them."""
     generator, critic = networks(16, dtype=torch.float32)
     ws = generator.mapping(latents(dtype=torch.float32))
     with torch.no_grad(), CountOps() as count:
         image = generator.synthesis(ws, "const")
     # Eight layers, each with its affine map.
     assert count.calls["fastgan.scaled_conv2d"] == 2 * 8
-    assert not any(count.calls[f"aten.{name}"] for name in ("leaky_relu", "addmm", "bmm"))
+    assert not any(count.calls[f"aten.{name}"] for name in ("addmm", "bmm", "convolution_backward"))
     with torch.no_grad(), CountOps() as count:
         critic(image)
     assert count.calls["fastgan.scaled_conv2d"] == 1 + 2 * 3 + 3
-    assert not any(count.calls[f"aten.{name}"] for name in ("leaky_relu", "addmm"))
+    assert not any(count.calls[f"aten.{name}"] for name in ("addmm", "bmm", "leaky_relu"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
