@@ -114,7 +114,7 @@ def work(network: SynthesisNetwork, batch: int) -> dict[str, Work]:
     }
 
 
-def make_case(resolution: int, channel_base: int, batch: int, channel_max: int = 512, *, double: bool = False) -> Case:
+def make_case(resolution: int, channel_base: int, batch: int, channel_max: int = 512) -> Case:
     def generator() -> StyleGAN2Generator:
         return StyleGAN2Generator(512, 0, 512, resolution, 3, channel_base, channel_max)
 
@@ -136,12 +136,11 @@ def make_case(resolution: int, channel_base: int, batch: int, channel_max: int =
         "scaled": partial(plain_synthesis, convolve=scaled),
         "fused": fused_synthesis,
     }
-    return Case("stylegan2", name, inputs, candidates, found, double=double)
+    return Case("stylegan2", name, inputs, candidates, found)
 
 
 CASES = [
-    # Narrow and small enough for the path length's double backward.
-    make_case(64, 1024, 4, channel_max=64, double=True),
+    make_case(64, 1024, 4, channel_max=64),
     make_case(256, 16384, 1),
     make_case(512, 32768, 1),
 ]
