@@ -39,9 +39,7 @@ class Launch:
         """Launch on the device of the tensors; asynchronous there, as every CUDA launch."""
         if _recording:
             _recording[-1].append(self)
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 _recording: list[list[Launch]] = []

@@ -267,6 +267,12 @@ def test_truncation_goes_towards_the_average() -> None:
     cut = generator.mapping(z, truncation=0.3, truncation_cutoff=2)
     torch.testing.assert_close(cut[:, :2], average + 0.3 * (ws[:, :2] - average))
     assert torch.equal(cut[:, 2:], ws[:, 2:])
+    for cutoff in (6, 99):
+        assert torch.equal(
+            generator.mapping(z, truncation=0.3, truncation_cutoff=cutoff), generator.mapping(z, None, 0.3)
+        )
+    assert torch.equal(generator.mapping(z, truncation=0.3, truncation_cutoff=0), ws)
+    assert generator.mapping(z[:0], truncation=0.3, truncation_cutoff=2).shape == (0, 6, 8)
     image = generator(z, None, 0.3, "const", truncation_cutoff=2)
     assert torch.equal(image, generator.synthesis(cut, "const"))
 
@@ -440,6 +446,14 @@ def test_wrong_inputs() -> None:
         (lambda: generator(z[:, :5]), r"mapping: z must be \[N, z_dim\] = \[N, 6\], got \[4, 5\]"),
         (lambda: conditional(z), r"mapping: c must be \[N, c_dim\] = \[N, 3\], got None"),
         (lambda: conditional(z, torch.eye(3)), "mapping: c must have as many rows as z, 4, got 3"),
+        (
+            lambda: judge.mapping(None, torch.eye(3), 0.5),
+            "mapping: truncation must be 1 without an average of w, got 0.5",
+        ),
+        (
+            lambda: generator.mapping(z, truncation=0.5, truncation_cutoff=-1),
+            "mapping: truncation_cutoff must be at least 0 or None, got -1",
+        ),
         (lambda: judge(image), r"mapping: c must be \[N, c_dim\] = \[N, 3\], got None"),
         (
             lambda: generator.synthesis(ws[:, :5]),

@@ -108,14 +108,19 @@ class MappingNetwork(nn.Module):
         if self.w_avg_beta is not None and self.training and update_average and len(x) > 0:
             with torch.no_grad():
                 self.w_avg.lerp_(x.detach().mean(0), 1 - self.w_avg_beta)
-        if self.num_ws is not None:
-            x = x.unsqueeze(1).expand(-1, self.num_ws, -1)
-        if truncation == 1:
-            return x
-        if self.w_avg_beta is None or self.num_ws is None:
+        if truncation != 1 and (self.w_avg_beta is None or self.num_ws is None):
             raise ValueError(f"mapping: truncation must be 1 without an average of w, got {truncation}")
-        near, far = x[:, :truncation_cutoff], x[:, len(x[0]) if truncation_cutoff is None else truncation_cutoff :]
-        return torch.cat([torch.lerp(self.w_avg.expand_as(near), near, truncation), far], 1)
+        if self.num_ws is None:
+            return x
+        ws = x.unsqueeze(1).expand(-1, self.num_ws, -1)
+        if truncation == 1:
+            return ws
+        near = torch.lerp(self.w_avg.expand_as(x), x, truncation).unsqueeze(1)
+        if truncation_cutoff is None or truncation_cutoff >= self.num_ws:
+            return near.expand_as(ws)
+        if truncation_cutoff < 0:
+            raise ValueError(f"mapping: truncation_cutoff must be at least 0 or None, got {truncation_cutoff}")
+        return torch.cat([near.expand(-1, truncation_cutoff, -1), ws[:, truncation_cutoff:]], 1)
 
     def _normalised(self, z: Tensor | None, c: Tensor | None) -> Tensor:
         """[N, z_dim + embedded]: the inputs that there are, each with a mean square of 1."""

@@ -152,8 +152,8 @@ class DiscriminatorBlock(nn.Module):
         x = x.to(torch.float16 if self.half_precision else self.conv0.weight.dtype)
         if self.takes_image:
             x = self.fromrgb(x)
-        # The sum rides on the skip: linear, it needs no more than the cotangent in backward, whereas conv1 with a
-        # residual behind its leaky ReLU would have to keep what it had before it.
+        # The sum rides on the skip and not on conv1, whose backward then works from its own result alone: behind a
+        # residual, an activation's result is hidden and what was before it has to be kept.
         return self.skip(x, gain=0.5**0.5, residual=self.conv1(self.conv0(x), gain=0.5**0.5))
 
 
