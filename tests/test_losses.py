@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CountOps, max_error
+from helpers import FLOORS, CountOps, max_error
 from plain_stylegan2 import PlainDiscriminator, PlainGenerator
 from torch import Tensor, nn
 
@@ -103,17 +103,29 @@ def test_value_and_every_gradient_in_float64(kind: str, other: str) -> None:
 
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_every_gradient_in_float32_is_as_exact_as_the_reference(kind: str) -> None:
+    """The reference's own error is the largest of four: from these weights, and from weights one rounding away.
+
+    A gradient of second order is a sum of thousands of products that cancel in part, so that one run may be exact by
+    chance.
+    """
     value, grads = penalty(kind, *networks(torch.float32))
-    eager, eager_grads = on_reference(kind, *networks(torch.float32))
     exact, exact_grads = on_reference(kind, *networks(torch.float64))
-    assert max_error(value, exact) <= 2 * max_error(eager, exact) + 1e-6
+    runs = []
+    for seed in range(4):
+        models = networks(torch.float32)
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in [p for model in models for p in model.parameters()] if seed > 0 else []:
+                step = 2 * torch.rand(parameter.shape, generator=draw) - 1
+                parameter.mul_(1 + step * torch.finfo(torch.float32).eps)
+        runs.append(on_reference(kind, *models))
+    assert max_error(value, exact) <= 2 * max(max_error(eager, exact) for eager, _ in runs) + FLOORS[torch.float32]
     scale = max(float(grad.abs().max()) for grad in exact_grads.values())
     for name, expected in exact_grads.items():
         if float(expected.abs().max()) < 1e-10 * scale:
             continue
-        # Floor: a gradient of second order is a sum of some ten thousand products that cancel in part; the reference's
-        # own errors are 1e-7 … 3e-6 here.
-        allowed = 2 * max_error(eager_grads[name], expected) + 3e-6
+        allowed = 2 * max(max_error(eager[name], expected) for _, eager in runs) + FLOORS[torch.float32]
+        assert allowed < 1e-3, name
         assert max_error(grads[name], expected) <= allowed, name
 
 
