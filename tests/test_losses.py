@@ -148,6 +148,21 @@ def test_penalties_run_on_the_fused_ops_to_second_order() -> None:
     assert count.calls["fastgan.scaled_conv2d"] > sum(convolutions.values()) / 2
 
 
+@pytest.mark.parametrize("kind", ["r1", "path_length"])
+def test_half_precision_at_the_highest_sizes(kind: str) -> None:
+    """float16 in the forward and in both backward passes: finite, and the same penalty but for its rounding."""
+    found = []
+    for half in (0, 2):
+        torch.manual_seed(0)
+        generator = StyleGAN2Generator(6, 0, 8, 16, **SMALL, num_fp16_res=half)
+        value, grads = penalty(kind, generator, StyleGAN2Discriminator(16, **SMALL, num_fp16_res=half))
+        assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
+        found.append((value, torch.cat([grads[name].flatten() for name in sorted(grads)])))
+    (want, want_grad), (got, got_grad) = found
+    assert 0 < max_error(got, want) < 0.01
+    assert 0 < float((got_grad - want_grad).norm() / want_grad.norm()) < 0.02
+
+
 def test_conditional_critic() -> None:
     values = []
     labels = F.one_hot(torch.tensor([0, 2, 1, 2]), 3).double()
