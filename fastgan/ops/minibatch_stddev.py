@@ -113,6 +113,8 @@ def _deviation(x: Tensor, group_size: int, num_channels: int, eps: float) -> tup
     """x − mean and s, grouped."""
     groups = _grouped(x, group_size, num_channels)
     centred = groups - groups.mean(0)
+    # A mean that is large against the spread rounds as much as the spread is: what is left of it is taken off as well.
+    centred = centred - centred.mean(0)
     return centred, (centred.square().mean(0) + eps).sqrt()
 
 
