@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -39,12 +41,15 @@ class Launch:
         """Launch on the device of the tensors; asynchronous there, as every CUDA launch."""
         if _recording:
             _recording[-1].append(self)
+        if _planned_for:
+            return
         self.kernel[self.grid](
             **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
         )
 
 
 _recording: list[list[Launch]] = []
+_planned_for: list[int] = []
 
 
 @contextlib.contextmanager
@@ -56,3 +61,24 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recording.remove(launches)
+
+
+@contextlib.contextmanager
+def planned(arch: int) -> Iterator[list[Launch]]:
+    """As :func:`recorded`, but nothing runs: launchers plan for architecture ``arch`` (80 is sm_80) on fake tensors."""
+    _planned_for.append(arch)
+    try:
+        with recorded() as launches:
+            yield launches
+    finally:
+        _planned_for.pop()
+
+
+def target_arch(device: torch.device) -> int:
+    """The architecture that launches on ``device`` are for: 80 is sm_80, which also stands for the interpreter's CPU."""
+    if _planned_for:
+        return _planned_for[-1]
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
