@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -41,7 +39,7 @@ class Launch:
         """Launch on the device of the tensors; asynchronous there, as every CUDA launch."""
         if _recording:
             _recording[-1].append(self)
-        if _planned_for:
+        if _planning:
             return
         self.kernel[self.grid](
             **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
@@ -49,7 +47,7 @@ class Launch:
 
 
 _recording: list[list[Launch]] = []
-_planned_for: list[int] = []
+_planning = 0
 
 
 @contextlib.contextmanager
@@ -64,21 +62,12 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def planned(arch: int) -> Iterator[list[Launch]]:
-    """As :func:`recorded`, but nothing runs: launchers plan for architecture ``arch`` (80 is sm_80) on fake tensors."""
-    _planned_for.append(arch)
+def planned() -> Iterator[list[Launch]]:
+    """As :func:`recorded`, but nothing runs: what launchers would launch, on tensors that have no memory."""
+    global _planning
+    _planning += 1
     try:
         with recorded() as launches:
             yield launches
     finally:
-        _planned_for.pop()
-
-
-def target_arch(device: torch.device) -> int:
-    """The architecture that launches on ``device`` are for: 80 is sm_80, which also stands for the interpreter's CPU."""
-    if _planned_for:
-        return _planned_for[-1]
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        _planning -= 1
