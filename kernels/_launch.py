@@ -41,9 +41,7 @@ class Launch:
             _recording[-1].append(self)
         if _planning:
             return
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 _recording: list[list[Launch]] = []

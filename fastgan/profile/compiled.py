@@ -1,7 +1,8 @@
 """Compiles planned launches of Triton kernels for architectures that are not here, and reads what came out.
 
-A launch is specialised with Triton's own functions, exactly as at a real launch: the types, which integers are 1, which
-numbers and addresses are divisible by 16. So what is compiled is what a GPU would run. Triton keeps its results on disk.
+A launch is specialised with Triton's own functions, exactly as at a real launch: the types, which integers are 1,
+which numbers and addresses are divisible by 16. So what is compiled is what a GPU would run. Triton keeps its results
+on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastgan.kernels._launch import Launch
@@ -37,7 +37,7 @@ class Reference:
 
     @staticmethod
     def of(function: Any) -> Reference:
-        """Raises TypeError for what is no jitted function, an autotuner for example: a launch names one configuration."""
+        """The function's name; TypeError for what is none, an autotuner say: a launch names one configuration."""
         from triton.runtime.jit import JITFunction
 
         if not isinstance(function, JITFunction):

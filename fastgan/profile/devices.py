@@ -150,8 +150,8 @@ DEVICES = (
     Device(
         "RTX 4070", 89, 46, 58.3 * _T, 29.15 * _T, 29.15 * _T, 504 * _G,
         "NVIDIA's page of the GeForce RTX 4070 (https://www.nvidia.com/en-us/geforce/graphics-cards/40-series/rtx-4070-"
-        "family/): 5888 CUDA cores, 2.475 GHz, 504 GB/s; peaks derived: per SM and clock 128 FMA in float32 and TF32, 256 "
-        "in float16 with float32 accumulation, the ratios of the Ada whitepaper's table for the RTX 4090",
+        "family/): 5888 CUDA cores, 2.475 GHz, 504 GB/s; peaks derived: per SM and clock 128 FMA in float32 and TF32, "
+        "256 in float16 with float32 accumulation, the ratios of the Ada whitepaper's table for the RTX 4090",
     ),
     Device(
         "RTX 4090", 89, 128, 165.2 * _T, 82.6 * _T, 82.6 * _T, 1008 * _G,
@@ -160,7 +160,7 @@ DEVICES = (
     ),
     Device(
         "H100", 90, 132, 989.5 * _T, 494.5 * _T, 67 * _T, 3350 * _G,
-        f"NVIDIA H100 datasheet, SXM5 (https://www.nvidia.com/en-us/data-center/h100/); {_HALVED}; SMs: H100 whitepaper",
+        f"NVIDIA H100 datasheet, SXM5 (https://www.nvidia.com/en-us/data-center/h100/); {_HALVED}; SMs: its whitepaper",
     ),
     Device(
         "H200", 90, 132, 989.5 * _T, 494.5 * _T, 67 * _T, 4800 * _G,
@@ -168,8 +168,8 @@ DEVICES = (
     ),
     Device(
         "B200", 100, 148, 2250 * _T, 1100 * _T, 75 * _T, 8000 * _G,
-        "NVIDIA HGX B200 and DGX B200 datasheets, an eighth of the board (https://www.nvidia.com/en-us/data-center/hgx/, "
-        f"https://www.nvidia.com/en-us/data-center/dgx-b200/); {_HALVED}; SMs: 18944 CUDA cores / 128",
+        "NVIDIA HGX B200 and DGX B200 datasheets, an eighth of a board (https://www.nvidia.com/en-us/data-center/hgx/ "
+        f"and https://www.nvidia.com/en-us/data-center/dgx-b200/); {_HALVED}; SMs: 18944 CUDA cores / 128",
     ),
 )  # fmt: skip
 

@@ -14,7 +14,9 @@ _DEFINITION = re.compile(r"^\s*(%[\w-]+)(?::\d+)? = (?:\"?)([\w.]+)\"? ?(.*)$")
 _VALUE = re.compile(r"%[\w-]+(?:#\d+)?")
 _ITER_ARGS = re.compile(r"iter_args\((.*?)\) ->")
 _ARGUMENTS = re.compile(r"tt\.func public @\w+\((.*)\)\s*(?:->.*)?attributes")
-_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local) (%[\w-]+(?:#\d+)?).* : tensor<([\dx]*)x!tt\.ptr<(\w+)>")
+_LOAD = re.compile(
+    r"(?:tt\.load|ttg\.async_copy_global_to_local) (%[\w-]+(?:#\d+)?).* : tensor<([\dx]*)x!tt\.ptr<(\w+)>"
+)
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 _POSITION = re.compile(r'"[^"]*":(\d+):(\d+)')
 _PTX_POSITION = re.compile(r"^\s*\.loc\s+\d+ (\d+) (\d+)")

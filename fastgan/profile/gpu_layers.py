@@ -204,9 +204,7 @@ def unet(size: int = 256, width: int = 64, *, batch: int = 1, dtype: torch.dtype
     levels = size.bit_length() - 1
     widths = [width * min(2**level, 8) for level in range(levels)]
     convs = [_Conv(3, width, size, 2, False, "lrelu", False)]
-    convs += [
-        _Conv(widths[i - 1], widths[i], size >> i, 2, False, "lrelu", i < levels - 1) for i in range(1, levels)
-    ]
+    convs += [_Conv(widths[i - 1], widths[i], size >> i, 2, False, "lrelu", i < levels - 1) for i in range(1, levels)]
     convs.append(_Conv(widths[-1], widths[-2], 1, 2, True, "relu", True))
     convs += [_Conv(2 * widths[i], widths[i - 1], size >> (i + 1), 2, True, "relu", True)
               for i in range(levels - 2, 0, -1)]  # fmt: skip
@@ -223,4 +221,8 @@ def patch_critic(*, batch: int = 1, dtype: torch.dtype = torch.float16) -> list[
 
 def report_layers(*, batch: int = 1, dtype: torch.dtype = torch.float16) -> list[Layer]:
     """Every layer of the report."""
-    return [*stylegan2(batch=batch, dtype=dtype), *unet(batch=batch, dtype=dtype), *patch_critic(batch=batch, dtype=dtype)]
+    return [
+        *stylegan2(batch=batch, dtype=dtype),
+        *unet(batch=batch, dtype=dtype),
+        *patch_critic(batch=batch, dtype=dtype),
+    ]

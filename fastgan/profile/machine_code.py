@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-# Warp-wide matrix products: Turing to Ada and GeForce Blackwell (HMMA, IMMA, QMMA, OMMA), Hopper (warp groups: HGMMA, ...)
-# and data-centre Blackwell (UTCHMMA, ...). DMMA is float64 and counts for nothing here.
+# Matrix products of a warp: Turing to Ada and GeForce Blackwell (HMMA, IMMA, QMMA, OMMA); of a warp group: Hopper
+# (HGMMA, ...); of tensor memory: data-centre Blackwell (UTCHMMA, ...). DMMA is float64 and counts for nothing here.
 _TENSOR = re.compile(r"(H|I|Q|O|B)(G)?MMA|UTC[HIQO]MMA")
 _WIDTH = re.compile(r"\.(?:U|S)?(8|16|32|64|128|256)(?=\.|$)")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
