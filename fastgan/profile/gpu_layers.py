@@ -20,8 +20,9 @@ from torch import Tensor
 from fastgan import ops
 
 Inputs = Callable[[], list[Any]]
-_FIR = (1.0, 3.0, 3.0, 1.0)
+_FIR = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 _CLAMP = 256.0
+_DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Layer:
 
 
 def _map(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda", memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device=_DEVICE, memory_format=torch.channels_last)
 
 
 def _vector(*shape: int) -> Tensor:
-    return torch.empty(shape, device="cuda")
+    return torch.empty(shape, device=_DEVICE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def _synthesis_eager(x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, st
         y = F.conv2d(y, weight, padding=1)
     else:
         y = F.conv_transpose2d(y, weight.transpose(0, 1), stride=2)
-        taps = (torch.outer(fir, fir) * (4 / fir.sum() ** 2)).to(x.dtype)
+        taps = (4 * torch.outer(fir, fir)).to(x.dtype)
         channels = weight.shape[0]
         y = F.conv2d(y, taps.expand(channels, 1, *taps.shape), padding=1, groups=channels)
     y = y * demodulation.to(y.dtype)[:, :, None, None] + noise.to(y.dtype) * strength.to(y.dtype)
@@ -101,7 +102,7 @@ def _synthesis(resolution: int, c_in: int, c_out: int, up: int, batch: int, dtyp
 
     def inputs() -> list[Any]:
         x, weight = _map(dtype, batch, c_in, size, size), _map(dtype, c_out, c_in, 3, 3)
-        fir = torch.tensor(_FIR, device="cuda")
+        fir = torch.tensor(_FIR, device=_DEVICE)
         small = (_vector(batch, c_in), _vector(resolution, resolution), _vector(), _vector(c_out))
         return [x, weight, *small, fir]
 
@@ -174,7 +175,7 @@ def _conv_fused(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, *
 
 def _conv_eager(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, *, conv: _Conv) -> Tensor:
     if scale is not None and not conv.norm:
-        weight = weight / scale.to(weight.dtype)
+        weight = weight * scale.to(weight.dtype)
     convolve = F.conv_transpose2d if conv.transposed else F.conv2d
     y = convolve(x, weight, None if conv.norm else bias.to(x.dtype), conv.stride, 1)
     if conv.norm:
