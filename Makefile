@@ -19,7 +19,7 @@ STAMP := $(VENV)/.fastgan-installed
 TORCH_STAMP := $(VENV)/.torch-installed
 CXX_SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup quickstart test lint bench gpu-check gpu-report build clean
+.PHONY: setup quickstart test lint bench gpu-check gpu-report ops-table build clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,12 @@ gpu-check: setup
 # Needs no GPU: compiles the Triton kernels for every architecture, reads the code, models traffic, predicts rooflines.
 gpu-report: setup
 	$(BIN)/fastgan gpu-report --out docs/gpu-report.md $(ARGS)
+
+# docs/ops.md from what the tests did: op, backend, dtype, order.
+ops-table: setup
+	rm -rf build/ops
+	FASTGAN_RECORD_OPS=build/ops $(BIN)/python -m pytest -k "not committed_table" $(ARGS)
+	$(BIN)/python tests/ops_table.py build/ops
 
 # After an edit of csrc/ this is faster than the reinstallation that the other targets would do.
 build:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import ops_table
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note what the tests do with the ops, for docs/ops.md, if that was asked for."""
+    folder = os.environ.get(ops_table.VARIABLE)
+    if folder:
+        config.pluginmanager.register(ops_table.Recorder(Path(folder).resolve()), "ops-table")
 
 
 @pytest.fixture

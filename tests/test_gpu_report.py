@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import gpu_kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from fastgan import cli
 from fastgan.kernels._launch import Launch
 from torch import Tensor
 
@@ -350,3 +352,92 @@ def test_layers_move_at_least_what_they_must(layer: Layer) -> None:
     entry = report_like(layer)
     assert entry.over_compulsory(entry.eager) > 0.99
     assert sum(k.flops for k in entry.eager) >= sum(k.flops for k in entry.fused) > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report of three layers and two kernels, one of which has something to find."""
+    shipped = [("good", gpu_kernels.copy()), ("again", gpu_kernels.copy(2 << 20)), ("bad", gpu_kernels.copy(step=0))]
+    monkeypatch.setattr(gpu_report, "shipped_launches", lambda: iter(shipped))
+    monkeypatch.setattr(
+        gpu_report, "report_layers", lambda: [gpu_layers.stylegan2()[1], *gpu_layers.patch_critic()[:2]]
+    )
+
+
+def test_json(small: None, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["gpu-report", "--arch", "80", "90", "--json"]) == 1
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["archs"] == [80, 90]
+    assert "not measured" in report["note"]
+    shipped = [row for row in report["code"] if row["kernel"] == "copy_kernel"]
+    assert [(row["label"], row["arch"]) for row in shipped] == [("good", 80), ("bad", 80), ("good", 90), ("bad", 90)]
+    assert shipped[0]["loads"] == {"128": 1}
+    assert shipped[0]["spills"] == 0
+    assert {(f["label"], f["kind"]) for f in report["findings"] if f["kernel"] == "copy_kernel"} == {
+        ("bad", "scalar load")
+    }
+    assert len(report["layers"]) == 3
+    layer = report["layers"][1]
+    assert layer["eager"]["modelled_bytes"] > layer["compulsory_bytes"]
+    assert set(layer["fused"]["predicted_us"]) == {d.name for d in DEVICES}
+    h100 = device("H100")
+    floor = layer["eager"]["modelled_bytes"] / h100.bandwidth
+    assert layer["eager"]["predicted_us"]["H100"] >= floor * 1e6 * 0.999
+    assert "gpu-report: bad: copy_kernel on sm_80: scalar load" in printed.err
+
+
+def test_markdown(small: None, tmp_path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "docs" / "report.md"
+    assert cli.main(["gpu-report", "--arch", "75", "--out", str(out)]) == 0  # below sm_80 findings are listed only
+    assert "findings, in" in capsys.readouterr().out
+    text = out.read_text()
+    for part in (
+        "predicted, not measured",
+        "**modelled**",
+        "scalar load",
+        "sm_75",
+        "T4",
+        "datasheet",
+        "good",
+        "| bad |",
+    ):
+        assert part in text, part
+    assert "again" not in text  # the same code as good
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+
+
+def test_report_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["gpu-report", "--arch", "70"]) == 2
+    assert "arch must be among 75, 80" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["gpu-report", "--arch", "80"]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["gpu-report", "--arch", "80"]) == 2
+    assert "triton is not installed" in capsys.readouterr().err
+
+
+def test_modelled_traffic_is_within_budget() -> None:
+    """up = 1: one launch and at most 1.15 × the compulsory bytes; up = 2: at most three and 2.7 ×."""
+    over = []
+    for entry in gpu_report.layer_traffic(report_layers()):
+        launches, factor = (3, 2.7) if entry.layer.up == 2 else (1, 1.15)
+        ratio = entry.over_compulsory(entry.fused)
+        if entry.launches > launches or ratio > factor:
+            over.append(f"{entry.layer.model} {entry.layer.name}: {entry.launches} launches, {ratio:.2f} ×")
+    assert not over, "\n".join(over)
+
+
+def test_what_we_ship_has_nothing_to_find() -> None:
+    """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow them; sm_80, sm_90."""
+    report = gpu_report.make_report(gpu_report.CI_ARCHITECTURES)
+    assert report.code
+    assert not report.findings, "\n".join(map(str, report.findings))
