@@ -11,6 +11,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastgan
 from fastgan import ops
+from fastgan.reference.activation import ACTIVATIONS
+from tests.helpers import CountOps, assert_close_to_float64, gradients, layouts
+
+# Values are within 3 ulp of their own size at worst (vector_math.h), gradients taken from them likewise; half types are
+# rounded once.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 DEFINITIONS = {
     "linear": (lambda z, a: z, 1.0),
@@ -127,11 +133,113 @@ def test_compiles_without_breaks() -> None:
 
 
 def test_backend_choice() -> None:
-    assert fastgan.explain(ops.bias_act, torch.ones(2)).backend == "reference"
+    assert fastgan.explain(ops.bias_act, torch.ones(2)).backend == "cpp"
+    assert fastgan.explain("bias_act", torch.ones(2), backend="reference").chosen_by == "backend= argument"
     with pytest.raises(ValueError, match=r"bias_act: backend 'cuda' .* has no kernel for this op"):
         ops.bias_act(torch.ones(2, 3), backend="cuda")
-    with fastgan.backend("triton"), pytest.raises(ValueError, match="bias_act: backend 'triton'"):
+    with fastgan.backend("triton"), pytest.raises(ValueError, match=r"bias_act: backend 'triton' .* cuda tensors"):
         ops.bias_act(torch.ones(2, 3))
+
+
+def eager(x: Tensor, b: Tensor, act: str) -> Tensor:
+    """What users write, in the dtype of x throughout."""
+    y = ACTIVATIONS[act].function(x + b.to(x.dtype)[:, None, None], ACTIVATIONS[act].alpha)
+    return y * ACTIVATIONS[act].gain
+
+
+@pytest.mark.parametrize("act", DEFINITIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+def test_accuracy(act: str, dtype: torch.dtype, layout: str) -> None:
+    """Value and gradients; planes of several blocks, a plane smaller than a block, an odd number of channels."""
+    for shape in ((2, 3, 47, 53), (3, 67, 3, 5)):
+        x, b = operands(*shape)
+        x, b = layouts(x.to(dtype))[layout], b.float()
+        exact = gradients(lambda x, b: eager(x, b, act), [x.double(), b.double()])
+        fused = gradients(lambda x, b: ops.bias_act(x, b, act=act, backend="cpp"), [x, b])
+        plain = gradients(lambda x, b: eager(x, b, act), [x, b])
+        for name, got, other, want in zip(("y", "x", "b"), fused, plain, exact, strict=True):
+            assert_close_to_float64(got, other, want, floor=FLOOR[dtype], what=f"{shape} {name}")
+
+
+@pytest.mark.parametrize("act", ["linear", "relu", "lrelu", "tanh", "swish"])
+@pytest.mark.parametrize("gain", [1.3, -1.3])
+def test_second_order_against_the_reference(act: str, gain: float) -> None:
+    """Of every pair of inputs, also where the backward works from x and not from the result."""
+    results = []
+    for backend in ("cpp", "reference"):
+        x, b = (t.requires_grad_() for t in operands(2, 3, 4, 5))
+        y = ops.bias_act(x, b, act=act, gain=gain, clamp=2.0, backend=backend)
+        first = torch.autograd.grad((y**3).sum(), (x, b), create_graph=True)
+        results += [torch.autograd.grad(g.square().sum(), (x, b), retain_graph=True) for g in first]
+    for fused, exact in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(fused, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_third_order_names_the_reference() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(ops.bias_act(x, act="tanh").sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference' differentiates without end"):
+        torch.autograd.grad(second.square().sum(), x)
+
+
+def test_calls() -> None:
+    """One kernel forward; backward nothing for linear, one where act is curved, none for what needs no gradient."""
+    x, b = torch.randn(2, 3, 4, 4), torch.randn(3, requires_grad=True)
+    for act, kernels in (("linear", 0), ("lrelu", 1), ("swish", 1)):
+        with CountOps() as mode:
+            y = ops.bias_act(x, b, act=act)
+        assert {k: v for k, v in mode.calls.items() if k.startswith("fastgan")} == {"fastgan.bias_act": 1}
+        loss = y.sum()
+        with CountOps() as mode:
+            loss.backward()
+        assert sum(v for k, v in mode.calls.items() if k.startswith("fastgan")) == kernels
+        assert mode.calls["aten.sum"] == 1  # the bias; x needs none
+
+
+def test_memory_saved_for_backward() -> None:
+    """The result alone, which the next layer saves as well, unless the activation cannot be inverted."""
+    x, b = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+    for act, expected in (("linear", []), ("lrelu", ["y"]), ("swish", ["x", "b"])):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = ops.bias_act(x, b, act=act)
+        pointers = {"x": x.data_ptr(), "b": b.data_ptr(), "y": y.data_ptr()}
+        assert [t.data_ptr() for t in saved] == [pointers[name] for name in expected]
+
+
+@pytest.mark.parametrize("act", ["linear", "lrelu", "swish"])
+def test_opcheck(act: str) -> None:
+    for x in layouts(torch.randn(2, 3, 4, 5)).values():
+        x = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+        for b in (None, torch.randn(3, requires_grad=True)):
+            args = (x.detach().requires_grad_(), b, 1, act, 0.2, 1.4, 0.9)
+            torch.library.opcheck(torch.ops.fastgan.bias_act.default, args)
+
+
+def test_same_result_for_any_number_of_threads() -> None:
+    x, b = torch.randn(3, 5, 97, 89), torch.randn(5)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(ops.bias_act(x, b, act="tanh"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def test_nan_stays_in_its_sample_and_debug_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    x[1, 2, 3, 3] = torch.nan
+    y = ops.bias_act(x, torch.ones(3), act="lrelu", clamp=1.0)
+    assert y[0].isfinite().all()
+    assert y[1, 2, 3, 3].isnan()
+    monkeypatch.setattr("fastgan.ops._check.DEBUG", True)
+    with pytest.raises(FloatingPointError, match=r"bias_act: result 0 \[2, 3, 4, 4\] contains NaN"):
+        ops.bias_act(x)
 
 
 @pytest.mark.parametrize(

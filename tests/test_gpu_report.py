@@ -10,10 +10,10 @@ import gpu_kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from fastgan import cli
 from fastgan.kernels._launch import Launch
 from torch import Tensor
 
+from fastgan import cli
 from fastgan.profile import gpu_layers, gpu_report
 from fastgan.profile.compiled import Compiled, Failure, compile_all, compile_job, specialise, vector_bits
 from fastgan.profile.devices import ARCHITECTURES, DEVICES, device

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgan
 from fastgan import ops
+from fastgan.ops.demodulation import demodulation
+from fastgan.reference.modulated_conv2d import modulation_scales
+from tests.helpers import CountOps, assert_close_to_float64, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -312,11 +316,108 @@ def test_compiles_without_breaks() -> None:
 def test_backend_choice() -> None:
     x, weight, style = operands()
     decision = fastgan.explain(ops.modulated_conv2d, x, weight, style, up=2, padding=1)
-    assert (decision.op, decision.backend) == ("modulated_conv2d", "reference")
-    assert "upfirdn2d" in decision.reasons["cpp"]
+    assert (decision.op, decision.backend) == ("modulated_conv2d", "cpp")
     assert fastgan.explain("modulated_conv2d", x, weight, style, backend="reference").chosen_by == "backend= argument"
-    with pytest.raises(ValueError, match=r"modulated_conv2d: backend 'cpp'.*upfirdn2d, which has no C"):
-        ops.modulated_conv2d(x, weight, style, up=2, backend="cpp")
+    with pytest.raises(ValueError, match=r"modulated_conv2d: backend 'cuda'.* it has no kernel"):
+        ops.modulated_conv2d(x, weight, style, up=2, backend="cuda")
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that a kernel returns inside the ``with`` block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+        self.elements = max([self.elements, *[t.numel() for t in tensors]])
+        return result
+
+
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_no_weight_per_sample(up: int, down: int, backend: str) -> None:
+    """Forward, backward and R1's second order of 8 samples never hold 8 weights."""
+    x, weight, style = (t.float().requires_grad_() for t in operands(n=8, i=32, o=32, size=(4, 4)))
+    with LargestTensor() as mode:
+        y = ops.modulated_conv2d(
+            x, weight, style, up=up, down=down, padding=1, resample_filter=FIR, backend=backend,
+            epilogue=ops.Epilogue(act="lrelu"),
+        )  # fmt: skip
+        grads = torch.autograd.grad(y.square().sum(), (x, style), create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in grads), (x, weight, style))
+    images = 8 * 32 * (4 * up + 5) ** 2
+    assert mode.elements <= images < 8 * weight.numel()
+
+
+def test_calls() -> None:
+    """The scales, the convolution, and behind up = 2 the filter, which then has the epilogue."""
+    x, weight, style = (t.float() for t in operands())
+    epilogue = ops.Epilogue(noise=torch.randn(6, 7), bias=torch.randn(4), act="lrelu")
+
+    def calls(function) -> dict[str, int]:
+        with CountOps() as mode:
+            function()
+        return {k.removeprefix("fastgan."): v for k, v in mode.calls.items() if k.startswith("fastgan")}
+
+    three = {"demodulation": 1, "scaled_conv2d": 1, "upfirdn2d": 1}
+    assert calls(lambda: ops.modulated_conv2d(x, weight, style, padding=1, epilogue=epilogue)) == {
+        "demodulation": 1,
+        "scaled_conv2d": 1,
+    }
+    epilogue = ops.Epilogue(noise=torch.randn(12, 14), bias=torch.randn(4), act="lrelu")
+    kwargs = {"padding": 1, "resample_filter": FIR}
+    assert calls(lambda: ops.modulated_conv2d(x, weight, style, up=2, **kwargs, epilogue=epilogue)) == three
+    assert calls(lambda: ops.modulated_conv2d(x, weight, style, down=2, **kwargs)) == three
+    assert calls(lambda: ops.modulated_conv2d(x, weight, style, demodulate=False)) == {"scaled_conv2d": 1}
+
+
+def reference_scales(weight: Tensor, style: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
+    return modulation_scales(weight, style, demodulate=True, eps=eps, prenormalize=kind, input_gain=None)
+
+
+@pytest.mark.parametrize("kind", ["none", "stylegan2_fp16", "stylegan3"])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_demodulation(kind: str, kernel: int, dtype: torch.dtype) -> None:
+    """Both scales and their gradients, from a weight of any dtype; a zero row of each, and a tiny weight."""
+    _, weight, style = operands(n=3, i=37, o=11, kernel=kernel)
+    weight, style = weight.to(dtype), style.to(dtype if dtype == torch.float64 else torch.float32)
+    weight[2], style[1] = 0, 0
+    weight[3] = weight[3] * 2.0**-10
+
+    def both(function):
+        return lambda w, s: torch.cat([t.reshape(-1) / t.detach().abs().max() for t in function(w, s)])
+
+    def fused(w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return demodulation(w, s, prenormalize=kind, eps=1e-2)
+
+    got = gradients(both(fused), [weight, style])
+    want = gradients(both(lambda w, s: reference_scales(w, s, kind, 1e-2)), [weight.double(), style.double()])
+    plain = gradients(both(lambda w, s: reference_scales(w, s, kind, 1e-2)), [weight, style])
+    for name, g, p, w in zip(("scales", "weight", "style"), got, plain, want, strict=True):
+        assert_close_to_float64(g, p, w, floor=None if dtype != torch.float32 else 2e-6, what=name)
+
+
+@pytest.mark.parametrize("kind", ["none", "stylegan2_fp16", "stylegan3"])
+def test_demodulation_to_second_order(kind: str) -> None:
+    _, weight, style = (t.requires_grad_() for t in operands(n=3, i=4, o=5))
+
+    def function(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+        return demodulation(weight, style, prenormalize=kind, eps=0.1)
+
+    assert gradcheck(function, (weight, style))
+    assert gradgradcheck(function, (weight, style))
+    for needs in ((True, False), (False, True)):
+        leaves = [t.detach().requires_grad_(need) for t, need in zip((weight, style), needs, strict=True)]
+        assert gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("kind", ["none", "stylegan2_fp16", "stylegan3"])
+@pytest.mark.parametrize("save_energy", [True, False])
+def test_opcheck_of_demodulation(kind: str, save_energy: bool) -> None:
+    _, weight, style = (t.float().requires_grad_(save_energy) for t in operands())
+    torch.library.opcheck(torch.ops.fastgan.demodulation.default, (weight, style, kind, 1e-4, save_energy))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +435,7 @@ def test_backend_choice() -> None:
         ({"prenormalize": "sg4"}, "prenormalize must be one of auto, none, stylegan2_fp16, stylegan3, got 'sg4'"),
         ({"input_gain": torch.ones(3)}, r"input_gain must be a number, 0-dim, \[C_in\] = \[5\].*got \[3\]"),
         ({"resample_filter": torch.ones(1, 2, 3)}, r"resample_filter must be \[taps\] or \[fh, fw\].*\[1, 2, 3\]"),
-        ({"epilogue": ops.Epilogue(bias=torch.ones(3))}, r"epilogue.bias must be \[C\] = \[4\], got \[3\]"),
+        ({"epilogue": ops.Epilogue(bias=torch.ones(3))}, r"epilogue.bias must be \[C_out\] = \[4\], got \[3\]"),
         ({"epilogue": ops.Epilogue(noise=torch.ones(9, 9))}, r"epilogue.noise must be .*\[4, 5\].*got \[9, 9\]"),
     ],
 )

@@ -12,6 +12,11 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastgan
 from fastgan import ops
+from fastgan.reference.activation import ACTIVATIONS
+from tests.helpers import CountOps, assert_close_to_float64, gradients, layouts
+
+# A few roundings of float32; half types are rounded once at the end of each pass, of which a gradient has two.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 def naive(x: Tensor, f: Tensor | None, up, down, padding, flip_filter: bool, gain: float) -> Tensor | None:
@@ -165,9 +170,200 @@ def test_compiles_without_breaks() -> None:
 
 
 def test_backend_choice() -> None:
-    assert fastgan.explain("upfirdn2d", image(1, 1, 4, 4), SEPARABLE).backend == "reference"
-    with pytest.raises(ValueError, match=r"upfirdn2d: backend 'cpp' .* has no kernel for this op"):
-        ops.upfirdn2d(image(1, 1, 4, 4), None, backend="cpp")
+    x = image(1, 1, 4, 4)
+    assert fastgan.explain("upfirdn2d", x, SEPARABLE).backend == "cpp"
+    with pytest.raises(ValueError, match=r"upfirdn2d: backend 'cuda' .* has no kernel for this op"):
+        ops.upfirdn2d(x, None, backend="cuda")
+
+
+def test_a_trained_filter_runs_on_the_reference() -> None:
+    x, f = image(1, 1, 4, 4), SEPARABLE.clone().requires_grad_()
+    assert fastgan.explain("upfirdn2d", x, f).backend == "reference"
+    with pytest.raises(ValueError, match=r"'cpp' .* cannot run this call: f requires a gradient"):
+        ops.upfirdn2d(x, f, backend="cpp")
+    with torch.no_grad():
+        assert fastgan.explain("upfirdn2d", x, f).backend == "cpp"
+    args = (
+        x,
+        f.double(),
+        None,
+        None,
+        None,
+        None,
+        (1, 1),
+        (1, 1),
+        (0, 0, 0, 0),
+        False,
+        1.0,
+        "linear",
+        0.0,
+        1.0,
+        None,
+        1.0,
+    )
+    y = torch.ops.fastgan.upfirdn2d.default(*args)
+    with pytest.raises(NotImplementedError, match="the gradient of f has no kernel; backend='reference'"):
+        y.sum().backward()
+
+
+FIR = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+STYLEGAN2 = {
+    "behind a transposed convolution": {"f": FIR, "padding": 1, "gain": 4.0},
+    "before a stride-2 convolution": {"f": torch.outer(FIR, FIR), "padding": 2},
+    "skip up": {"f": torch.outer(FIR, FIR), "up": 2, "padding": (2, 1), "gain": 4.0},
+    "skip down": {"f": FIR, "down": 2, "padding": 1},
+    "uneven": {"f": FULL, "up": (3, 2), "down": (2, 3), "padding": (4, -1, 3, 2), "flip_filter": True},
+}
+
+
+def make_epilogue(shape: tuple[int, ...], act: str, dtype: torch.dtype, **options) -> tuple[list[Tensor], dict]:
+    """Leaves (noise, strength, bias, residual) for a result of ``shape``, and the rest of an epilogue."""
+    n, c, h, w = shape
+    noise, bias, residual = image(n, 1, h, w), image(c), image(*shape)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [noise.to(wide), torch.tensor(0.3, dtype=wide), bias.to(wide), residual.to(dtype)]
+    return leaves, {"act": act, "residual_gain": 0.7, **options}
+
+
+def with_epilogue(x, noise, strength, bias, residual, *, options: dict, epilogue: dict, backend: str) -> Tensor:
+    found = ops.Epilogue(noise, strength, bias, residual=residual, **epilogue)
+    return ops.upfirdn2d(x, epilogue=found, backend=backend, **options)
+
+
+def eager(x, noise, strength, bias, residual, *, options: dict, epilogue: dict) -> Tensor:
+    """The sequence that users write, in x's dtype throughout."""
+    y = ops.upfirdn2d(x, **options, backend="reference")
+    y = y + (noise * strength + bias[:, None, None]).to(x.dtype)
+    y = ACTIVATIONS[epilogue["act"]].function(y, 0.2) * ACTIVATIONS[epilogue["act"]].gain
+    return y if residual is None else y + epilogue["residual_gain"] * residual
+
+
+@pytest.mark.parametrize("name", STYLEGAN2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+def test_accuracy(name: str, dtype: torch.dtype, layout: str) -> None:
+    """Value and every gradient, with and without the residual that hides the activation."""
+    options = STYLEGAN2[name]
+    x = layouts(image(2, 3, 13, 11).to(dtype))[layout]
+    shape = tuple(ops.upfirdn2d(x, **options).shape)
+    for has_residual in (True, False):
+        leaves, epilogue = make_epilogue(shape, "lrelu", dtype)
+        leaves = [x, *leaves] if has_residual else [x, *leaves[:3]]
+
+        def run(function, *given: Tensor, epilogue=epilogue, **rest) -> Tensor:
+            given = given if len(given) == 5 else (*given, None)
+            return function(*given, options=options, epilogue=epilogue, **rest)
+
+        fused = gradients(lambda *t: run(with_epilogue, *t, backend="cpp"), leaves)
+        exact = gradients(lambda *t: run(with_epilogue, *t, backend="reference"), [t.double() for t in leaves])
+        plain = gradients(lambda *t: run(eager, *t), leaves)
+        for which, got, other, want in zip(("y", "x", *"nsbr"), fused, plain, exact, strict=False):
+            # The one scalar is measured against the root sum of squares of its terms: how much they cancel is luck.
+            terms = float(exact[2].norm() / 0.3 / want.abs()) if which == "s" else 0.25
+            floor = 4 * FLOOR[dtype] * terms
+            assert_close_to_float64(got, other, want, floor=floor, what=which)
+        assert fused[0].is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+@pytest.mark.parametrize("name", STYLEGAN2)
+@pytest.mark.parametrize("act", ["linear", "lrelu", "tanh", "swish"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_both_orders(name: str, act: str, layout: str) -> None:
+    """For every input at once: x, noise, its strength, bias, residual."""
+    options = STYLEGAN2[name]
+    x = layouts(image(2, 2, 4, 5))[layout]
+    leaves, epilogue = make_epilogue(tuple(ops.upfirdn2d(x, **options).shape), act, torch.float64, clamp=1.9)
+    leaves = [t.requires_grad_() for t in (x, *leaves)]
+
+    def function(*given: Tensor) -> Tensor:
+        return with_epilogue(*given, options=options, epilogue=epilogue, backend="cpp")
+
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 5001), (1, 1, 5001, 3), (5, 1, 1, 1), (3, 700, 2, 3)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sizes_around_the_blocks(shape: tuple[int, ...], layout: str) -> None:
+    """Rows longer than a block, blocks of many rows, planes of one pixel, more values in a pixel than a block has."""
+    x = layouts(image(*shape))[layout]
+    noise = image(shape[0], 1, 2 * shape[2], 2 * shape[3])
+    for f in (FIR, FULL):
+        options = {"up": 2, "padding": (2, 1 if f is FIR else 0, 2 if f is FIR else 1, 1 if f is FIR else 0)}
+        epilogue = ops.Epilogue(noise, 0.5, image(shape[1]), "lrelu")
+        got, want = (ops.upfirdn2d(x, f, **options, epilogue=epilogue, backend=b) for b in ("cpp", "reference"))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_filter_of_rank_one_is_its_two_vectors() -> None:
+    """To the last bit in float32; one that is nearly of rank one is not taken for it."""
+    x = image(1, 2, 9, 8).float()
+    rows = torch.tensor([1.0, 2.0, -4.0])
+    separable = torch.outer(rows, FIR)
+    got = ops.upfirdn2d(x, separable, padding=2)
+    want = F.conv2d(F.pad(x, (2, 2, 2, 2)).double(), separable.flip((0, 1)).double().expand(2, 1, 3, 4), groups=2)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    nearly = torch.outer(FIR, FIR).double()
+    nearly[1, 2] *= 1 + 1e-9
+    one = torch.zeros(1, 1, 7, 7, dtype=torch.float64)
+    one[0, 0, 3, 3] = 1
+    assert torch.equal(ops.upfirdn2d(one, nearly, padding=0)[0, 0], nearly)
+
+
+def test_zero_and_nan_filters() -> None:
+    x = image(1, 1, 5, 5)
+    assert not ops.upfirdn2d(x, torch.zeros(3, 3)).any()
+    assert ops.upfirdn2d(x, torch.full((3, 3), torch.nan)).isnan().all()
+
+
+def test_calls() -> None:
+    """One kernel forward, one for the gradient of x with a linear epilogue; second order is the same kernel again."""
+    x = torch.randn(1, 2, 6, 6, requires_grad=True)
+
+    def calls(mode: CountOps) -> dict[str, int]:
+        return {k: v for k, v in mode.calls.items() if k.startswith("fastgan")}
+
+    with CountOps() as mode:
+        y = ops.upfirdn2d(x, FIR, down=2, padding=1)
+    assert calls(mode) == {"fastgan.upfirdn2d": 1}
+    with CountOps() as mode:
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert calls(mode) == {"fastgan.upfirdn2d": 1}
+    with CountOps() as mode:
+        torch.autograd.grad(grad.square().sum(), x)
+    assert calls(mode) == {"fastgan.upfirdn2d": 2}
+    bias = torch.zeros(2, requires_grad=True)
+    y = ops.upfirdn2d(x.detach(), FIR, epilogue=ops.Epilogue(bias=bias, act="lrelu"))
+    with CountOps() as mode:
+        y.sum().backward()
+    assert calls(mode) == {"fastgan.activation_grad": 1}
+
+
+@pytest.mark.parametrize("name", STYLEGAN2)
+def test_opcheck(name: str) -> None:
+    options = {"up": 1, "down": 1, "flip_filter": False, "gain": 1.0, **STYLEGAN2[name]}
+    fir = [(v, v) if isinstance(v, int) else v for v in (options["up"], options["down"])]
+    padding = options["padding"]
+    padding = (padding,) * 4 if isinstance(padding, int) else padding
+    padding = padding if len(padding) == 4 else (padding[0],) * 2 + (padding[1],) * 2
+    for layout in ("contiguous", "channels_last"):
+        x = layouts(torch.randn(2, 3, 6, 5))[layout].requires_grad_()
+        bias = torch.randn(3, requires_grad=True)
+        rest = (*fir, padding, options["flip_filter"], options["gain"], "swish", 0.0, 1.4, 0.9, 1.0)
+        torch.library.opcheck(torch.ops.fastgan.upfirdn2d.default, (x, options["f"], None, None, bias, None, *rest))
+
+
+def test_same_result_for_any_number_of_threads() -> None:
+    x, bias = torch.randn(3, 5, 97, 89), torch.randn(5)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(ops.upfirdn2d(x, FIR, padding=2, epilogue=ops.Epilogue(bias=bias, act="lrelu")))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(
@@ -182,16 +378,16 @@ def test_backend_choice() -> None:
         ({"down": (1, 2, 3)}, r"down must be an int >= 1 or \(x, y\) of such, got \(1, 2, 3\)"),
         ({"padding": (1, 2, 3)}, r"padding must be an int, \(x, y\) or \(x0, x1, y0, y1\), got \(1, 2, 3\)"),
         ({"epilogue": ops.Epilogue(act="gelu")}, "epilogue.act must be one of linear, .*, got 'gelu'"),
-        ({"epilogue": ops.Epilogue(clamp=-1.0)}, "epilogue.clamp must be above 0 or None, got -1.0"),
+        ({"epilogue": ops.Epilogue(clamp=-1.0)}, "epilogue.clamp must be positive or None, got -1.0"),
         ({"epilogue": ops.Epilogue(noise_strength=1.0)}, "epilogue.noise_strength must be None without noise, got 1.0"),
-        ({"epilogue": ops.Epilogue(bias=torch.ones(3))}, r"epilogue.bias must be \[C\] = \[2\], got \[3\]"),
+        ({"epilogue": ops.Epilogue(bias=torch.ones(3))}, r"epilogue.bias must be \[C_out\] = \[2\], got \[3\]"),
         (
             {"epilogue": ops.Epilogue(noise=torch.ones(4, 4))},
-            r"epilogue.noise must be \[H, W\] or \[N, 1, H, W\] = \[4, 5\] or \[1, 1, 4, 5\], got \[4, 4\]",
+            r"epilogue.noise must be \[H, W\] = \[4, 5\] or \[N, 1, H, W\] = \[1, 1, 4, 5\], got \[4, 4\]",
         ),
         (
             {"epilogue": ops.Epilogue(residual=torch.ones(1, 2, 4, 4))},
-            r"epilogue.residual must be \[N, C, H, W\] = \[1, 2, 4, 5\], got \[1, 2, 4, 4\]",
+            r"epilogue.residual must be \[N, C_out, H, W\] = \[1, 2, 4, 5\], got \[1, 2, 4, 4\]",
         ),
     ],
 )

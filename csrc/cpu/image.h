@@ -38,8 +38,11 @@ struct ImageBlocks {
   int64_t per_sample;  // blocks per sample
   int64_t pixels_per_block;
 
-  ImageBlocks(const Tensor& t, bool channels_last) : n(t.size(0)), c(t.size(1)), pixels(t.size(2) * t.size(3)) {
-    planar = !channels_last && pixels > 1;
+  ImageBlocks(const Tensor& t, bool channels_last)
+      : ImageBlocks(t.size(0), t.size(1), t.size(2) * t.size(3), !channels_last && t.size(2) * t.size(3) > 1) {}
+
+  ImageBlocks(int64_t samples, int64_t channels, int64_t pixels_per_plane, bool is_planar)
+      : n(samples), c(channels), pixels(pixels_per_plane), planar(is_planar) {
     pixels_per_block = planar ? std::min(pixels, kBlock) : std::max<int64_t>(1, kBlock / c);
     const int64_t per_plane = (pixels + pixels_per_block - 1) / pixels_per_block;
     per_sample = planar ? c * per_plane : per_plane;

@@ -9,69 +9,13 @@
 #include <array>
 #include <limits>
 
-#include "activation.h"
 #include "convert.h"
+#include "epilogue.h"
 #include "few_pixels.h"
 #include "image.h"
 
 namespace fastgan {
 namespace {
-
-// One block of the epilogue: scale and shift are constants of the block (kPerElement false) or vectors along it.
-template <typename C>
-struct EpilogueBlock {
-  const C* c;
-  C* y;
-  int64_t n;
-  const C* scale;
-  const C* shift;
-  const C* noise;  // already multiplied by its strength; null for none
-  Act act;
-  C alpha, gain, clamp;
-};
-
-template <Act A, bool kPerElement, bool kNoise, typename C>
-FASTGAN_INLINE void epilogue_loop(const EpilogueBlock<C>& b) {
-  // Copies: a store through y could otherwise change what b refers to, and every value would be loaded again.
-  const C *const c = b.c, *const scale = b.scale, *const shift = b.shift, *const noise = b.noise;
-  C* const y = b.y;
-  const C alpha = b.alpha, gain = b.gain, clamp = b.clamp, scale0 = scale[0], shift0 = shift[0];
-  const int64_t n = b.n;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    C z = c[i] * (kPerElement ? scale[i] : scale0) + (kPerElement ? shift[i] : shift0);
-    if constexpr (kNoise) z += noise[i];
-    const C v = act_value<A>(z, alpha) * gain;
-    // In this form, and not with min and max, a NaN passes.
-    y[i] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
-  }
-}
-
-template <typename C>
-FASTGAN_INLINE void epilogue_any(const EpilogueBlock<C>& b, bool per_element) {
-  dispatch_act(b.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE {
-    if (per_element) {
-      epilogue_loop<A, true, false>(b);
-    } else if (b.noise) {
-      epilogue_loop<A, false, true>(b);
-    } else {
-      epilogue_loop<A, false, false>(b);
-    }
-  });
-}
-
-FASTGAN_MULTIVERSION void epilogue_block(const EpilogueBlock<float>& b, bool per_element) {
-  epilogue_any(b, per_element);
-}
-void epilogue_block(const EpilogueBlock<double>& b, bool per_element) { epilogue_any(b, per_element); }
-
-template <typename C>
-FASTGAN_INLINE void axpy_loop(C a, const C* __restrict__ x, C* __restrict__ y, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
-}
-FASTGAN_MULTIVERSION void axpy(float a, const float* x, float* y, int64_t n) { axpy_loop(a, x, y, n); }
-void axpy(double a, const double* x, double* y, int64_t n) { axpy_loop(a, x, y, n); }
 
 template <typename C>
 FASTGAN_INLINE void multiply_loop(const C* x, const C* scale, bool per_element, C* y, int64_t n) {
@@ -90,26 +34,6 @@ FASTGAN_MULTIVERSION void multiply(const float* x, const float* scale, bool per_
 void multiply(const double* x, const double* scale, bool per_element, double* y, int64_t n) {
   multiply_loop(x, scale, per_element, y, n);
 }
-
-// Per-channel values laid along one block of an image: entry i is the value of element i's channel.
-template <typename C>
-struct ChannelRow {
-  std::vector<C> values;
-  int64_t sample = -1;
-
-  // Fills the row with f(channel) for the longest block of a sample; a planar block needs its first entry only.
-  template <typename F>
-  void fill(const ImageBlocks& blocks, const ImageBlocks::Block& b, F&& f) {
-    if (blocks.planar) {
-      values.resize(1);
-      values[0] = f(b.channel);
-    } else if (sample != b.sample || static_cast<int64_t>(values.size()) < b.size) {
-      values.resize(b.size);
-      for (int64_t i = 0; i < b.size; ++i) values[i] = i < blocks.c ? f(i) : values[i - blocks.c];
-      sample = b.sample;
-    }
-  }
-};
 
 // in_scale * x in the compute type, dense in x's own layout; x itself where there is nothing to do.
 Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
@@ -147,58 +71,6 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Te
                                     from(g.groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-struct EpilogueArgs {
-  const std::optional<Tensor>&out_scale, &noise, &noise_strength, &bias, &residual;
-  Act act;
-  double alpha, gain, clamp, residual_gain;
-};
-
-template <typename T>
-void run_epilogue(const Tensor& c, const Tensor& y, bool channels_last, const EpilogueArgs& e) {
-  using C = accumulate_t<T>;
-  const ImageBlocks blocks(c, channels_last);
-  const Scales<C> scales(e.out_scale);
-  const C* const bias = e.bias ? e.bias->const_data_ptr<C>() : nullptr;
-  const C* const noise = e.noise ? e.noise->const_data_ptr<C>() : nullptr;
-  const int64_t noise_stride = e.noise && e.noise->size(0) > 1 ? blocks.pixels : 0;
-  const C strength = e.noise_strength ? *e.noise_strength->const_data_ptr<C>() : C(1);
-  const T* const residual = e.residual ? e.residual->const_data_ptr<T>() : nullptr;
-  const C* const from = c.const_data_ptr<C>();
-  T* const to = y.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, blocks.count(), blocks.grain(), [&](int64_t begin, int64_t end) {
-    const int64_t longest = std::max(kBlock, blocks.c);
-    std::vector<C> noise_row(noise ? longest : 0), out_buffer(sizeof(T) == 2 ? longest : 0);
-    std::vector<C> residual_buffer(residual && sizeof(T) == 2 ? longest : 0);
-    ChannelRow<C> scale, shift, noisy_shift;
-    for (int64_t i = begin; i < end; ++i) {
-      const auto b = blocks.at(i);
-      scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
-      shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
-      C* const out = result_buffer(to + b.offset, out_buffer.data());
-      EpilogueBlock<C> block{from + b.offset, out,   b.size,     scale.values.data(), shift.values.data(),
-                             nullptr,         e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
-      if (noise) {
-        const C* const pixels = noise + b.sample * noise_stride + b.pixel;
-        if (blocks.planar) {
-          for (int64_t p = 0; p < b.pixels; ++p) noise_row[p] = strength * pixels[p];
-          block.noise = noise_row.data();
-        } else {
-          for (int64_t p = 0; p < b.pixels; ++p) {
-            for (int64_t channel = 0; channel < blocks.c; ++channel) {
-              noise_row[p * blocks.c + channel] = shift.values[channel] + strength * pixels[p];
-            }
-          }
-          block.shift = noise_row.data();
-        }
-      }
-      epilogue_block(block, !blocks.planar);
-      if (residual)
-        axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
-      flush(out, to + b.offset, b.size);
-    }
-  });
 }
 
 std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import _check
-from fastgan.reference.activation import ACTIVATIONS
+from fastgan.ops._epilogue import check_epilogue, contiguous, epilogue_tensors
 from fastgan.reference.epilogue import Epilogue
 
 _NAME = "scaled_conv2d"
@@ -100,9 +100,6 @@ def check_call(
     _check.tensor(_NAME, "x", x, ndim=4)
     _check.tensor(_NAME, "weight", weight, ndim=4)
     others = {"weight": weight, "in_scale": in_scale, "out_scale": out_scale}
-    others |= {f"epilogue.{name}": getattr(epilogue, name) for name in ("noise", "bias", "residual")}
-    if isinstance(epilogue.noise_strength, Tensor):
-        others["epilogue.noise_strength"] = epilogue.noise_strength
     for name, value in others.items():
         if value is not None:
             _check.tensor(_NAME, name, value)
@@ -113,7 +110,7 @@ def check_call(
     n = x.shape[0]
     _check_scale("in_scale", in_scale, n, c_in)
     _check_scale("out_scale", out_scale, n, c_out)
-    _check_epilogue(epilogue, (n, c_out, *hw))
+    check_epilogue(_NAME, epilogue, x, (n, c_out, *hw))
 
 
 def _channels(x: Tensor, weight: Tensor, args: ConvArguments) -> tuple[int, int]:
@@ -156,28 +153,6 @@ def _check_scale(name: str, scale: Tensor | None, n: int, c: int) -> None:
         )
 
 
-def _check_epilogue(epilogue: Epilogue, shape: tuple[int, int, int, int]) -> None:
-    n, c, *hw = shape
-    noise, strength, bias, residual = epilogue.noise, epilogue.noise_strength, epilogue.bias, epilogue.residual
-    _check.one_of(_NAME, "epilogue.act", epilogue.act, tuple(ACTIVATIONS))
-    if epilogue.clamp is not None and not epilogue.clamp > 0:
-        raise ValueError(f"{_NAME}: epilogue.clamp must be positive or None, got {epilogue.clamp}")
-    if noise is not None and list(noise.shape) not in (hw, [n, 1, *hw]):
-        raise ValueError(
-            f"{_NAME}: epilogue.noise must be [H, W] = {hw} or [N, 1, H, W] = {[n, 1, *hw]}, got {list(noise.shape)}"
-        )
-    if noise is None and strength is not None:
-        raise ValueError(f"{_NAME}: epilogue.noise_strength must be None without noise, got {strength}")
-    if isinstance(strength, Tensor) and strength.numel() != 1:
-        raise ValueError(f"{_NAME}: epilogue.noise_strength must have one element, got {list(strength.shape)}")
-    if bias is not None and list(bias.shape) != [c]:
-        raise ValueError(f"{_NAME}: epilogue.bias must be [C_out] = {[c]}, got {list(bias.shape)}")
-    if residual is not None and tuple(residual.shape) != shape:
-        raise ValueError(
-            f"{_NAME}: epilogue.residual must be [N, C_out, H, W] = {list(shape)}, got {list(residual.shape)}"
-        )
-
-
 def kernel_tensors(
     x: Tensor, in_scale: Tensor | None, out_scale: Tensor | None, epilogue: Epilogue
 ) -> tuple[Tensor | None, ...]:
@@ -186,34 +161,12 @@ def kernel_tensors(
     Scales are [N or 1, C or 1], noise [N or 1, 1, H', W'], its strength 0-dim, bias [C_out], all contiguous and in the
     accumulation dtype; the residual has x's dtype.
     """
-    e, wide = epilogue, _check.accumulate_dtype(x.dtype)
-    return (
-        None if in_scale is None else _scale(in_scale, wide),
-        None if out_scale is None else _scale(out_scale, wide),
-        None if e.noise is None else _noise(e.noise, wide),
-        None if e.noise_strength is None else _noise_strength(e.noise_strength, e.noise, wide),
-        None if e.bias is None else _contiguous(e.bias, wide),
-        None if e.residual is None else e.residual.to(x.dtype),
-    )
-
-
-def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in ``dtype``, contiguous; without a call into torch where it is both already."""
-    t = t if t.dtype == dtype else t.to(dtype)
-    return t if t.is_contiguous() else t.contiguous()
+    wide = _check.accumulate_dtype(x.dtype)
+    scales = (None if scale is None else _scale(scale, wide) for scale in (in_scale, out_scale))
+    return (*scales, *epilogue_tensors(epilogue, x.dtype))
 
 
 def _scale(scale: Tensor, wide: torch.dtype) -> Tensor:
     if scale.ndim < 2:
         scale = scale.reshape((1,) * (2 - scale.ndim) + tuple(scale.shape))
-    return _contiguous(scale, wide)
-
-
-def _noise(noise: Tensor, wide: torch.dtype) -> Tensor:
-    return _contiguous(noise if noise.ndim == 4 else noise[None, None], wide)
-
-
-def _noise_strength(strength: float | Tensor, noise: Tensor, wide: torch.dtype) -> Tensor:
-    if not isinstance(strength, Tensor):
-        return torch.full((), float(strength), dtype=wide, device=noise.device)
-    return strength.to(wide).reshape(())
+    return contiguous(scale, wide)

@@ -111,4 +111,5 @@ activation_grad = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="activation_grad.activation_grad",
 )

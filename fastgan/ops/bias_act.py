@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops import _check
+from fastgan.ops._epilogue import Activated, contiguous, dense
+from fastgan.ops._library import define
 from fastgan.reference import bias_act as reference
-from fastgan.reference.activation import ACTIVATIONS
+from fastgan.reference.activation import ACTIVATIONS, resolve
 
-_CAN_RUN = {"reference": backends.always}
+_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
 def bias_act(
@@ -25,8 +28,9 @@ def bias_act(
 ) -> Tensor:
     """Add a bias, activate, scale, clamp: y = clamp(gain · act(x + b), ±clamp).
 
-    Half types are computed in float32 and rounded once; autocast leaves ``x`` as it is. The result keeps ``x``'s memory
-    format.
+    Half types are computed in float32 and rounded once; autocast leaves ``x`` as it is. The result is contiguous or, if
+    ``x`` is, channels_last; an ``x`` that is neither is copied once, and so is a channels_last one whose bias does not
+    run along dimension 1.
 
     Args:
         x: [..., C, ...], floating point, C at ``dim`` if there is a bias. Only dimension 0 may be empty.
@@ -45,7 +49,8 @@ def bias_act(
         ValueError: wrong shapes, an unknown activation, tensors on different devices, a backend that cannot run.
         TypeError: ``x`` or ``b`` is not a tensor.
 
-    Gradients: any order, for ``x`` and ``b``.
+    Gradients: 1st and 2nd order for ``x`` and ``b``; the reference differentiates without end. Saved for backward: the
+    result, nothing for linear without a clamp, ``x`` and ``b`` for an activation that cannot be inverted.
 
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, section 2 (lrelu 0.2,
     gain √2).
@@ -65,7 +70,59 @@ def bias_act(
     _check.one_of(op, "act", act, list(ACTIVATIONS))
     if clamp is not None and not clamp > 0:
         raise ValueError(f"{op}: clamp must be above 0 or None, got {clamp}")
-    backends.choose(op, backend, _CAN_RUN, device=x.device, dtype=x.dtype)
-    y = reference.bias_act(x, b, dim=dim, act=act, alpha=alpha, gain=gain, clamp=clamp)
+    settings = Activated(act, *resolve(act, alpha, gain), clamp)
+    if backends.choose(op, backend, _BACKENDS, x.device, x.dtype) == "reference":
+        y = reference.bias_act(x, b, dim=dim, **settings._asdict())
+    else:
+        x = x.contiguous() if b is not None and dim != 1 else dense(x)
+        b = None if b is None else contiguous(b, _check.accumulate_dtype(x.dtype))
+        y = _op(x, b, dim, *settings)
     _check.no_nan(op, y)
     return y
+
+
+def _fallback(
+    x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float | None
+) -> Tensor:
+    y = reference.bias_act(x, b, dim=dim, act=act, alpha=alpha, gain=gain, clamp=clamp)
+    return torch.empty_like(x).copy_(y)
+
+
+def _fake(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, b, ctx.dim, *settings = inputs
+    ctx.act = Activated(*settings)
+    ctx.bias_dtype = None if b is None else b.dtype
+    if ctx.act.linear:
+        return
+    from_output = ctx.act.known_from_output(has_residual=False)
+    ctx.save_for_backward(*((output, None, None) if from_output else (None, x, b)))
+
+
+def _before_activation(ctx, x: Tensor, b: Tensor | None) -> Tensor:
+    if b is None:
+        return x
+    return x.to(b.dtype) + b.reshape([-1 if i == ctx.dim else 1 for i in range(x.ndim)])
+
+
+def _backward(ctx, grad_y: Tensor):
+    y, x, b = ctx.saved_tensors or (None, None, None)
+    g = ctx.act.cotangent(grad_y, y, lambda: _before_activation(ctx, x, b))
+    grad_b = None
+    if ctx.needs_input_grad[1]:
+        grad_b = g.sum([i for i in range(g.ndim) if i != ctx.dim], dtype=ctx.bias_dtype)
+    return g if ctx.needs_input_grad[0] else None, grad_b, None, None, None, None, None
+
+
+_op = define(
+    "bias_act",
+    "(Tensor x, Tensor? b, int dim, str act, float alpha, float gain, float? clamp) -> Tensor",
+    fallback=_fallback,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton="bias_act.bias_act",
+)

@@ -7,21 +7,17 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops import _check
+from fastgan.ops._epilogue import check_epilogue
+from fastgan.ops.demodulation import demodulation
 from fastgan.ops.scaled_conv2d import scaled_conv2d
-from fastgan.ops.upfirdn2d import check_epilogue, check_filter, filter_size, upfirdn2d
+from fastgan.ops.upfirdn2d import check_filter, filter_size, upfirdn2d
 from fastgan.reference import modulated_conv2d as reference
 from fastgan.reference.epilogue import Epilogue
 
 _PRENORMALIZE = ("auto", "none", "stylegan2_fp16", "stylegan3")
 
 
-def _cpp_can_run(device: torch.device, dtype: torch.dtype, *, resampled: bool) -> str | None:
-    if resampled:
-        return "up and down need upfirdn2d, which has no C++ kernel (the convolution itself chooses on its own)"
-    return backends.cpp_can_run(device, dtype)
-
-
-_CAN_RUN = {"cpp": _cpp_can_run, "reference": backends.always}
+_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
 def modulated_conv2d(
@@ -71,7 +67,7 @@ def modulated_conv2d(
         flip_weight: True correlates (as torch.nn.functional.conv2d), False convolves; None is what StyleGAN2 trains:
             (up == 1).
         epilogue: what follows, at the output's size: noise, bias [C_out], activation, clamp, residual.
-        backend: see :func:`fastgan.backend`. "cpp" covers up = down = 1.
+        backend: see :func:`fastgan.backend`.
 
     Returns:
         [N, C_out, out_h, out_w], ``x``'s dtype (autocast's, under autocast).
@@ -81,7 +77,8 @@ def modulated_conv2d(
         TypeError: an argument that must be a tensor is not.
 
     Gradients: 1st and 2nd order for x, weight, style, input_gain and the epilogue's tensors; any order on the
-    reference.
+    reference. On a compiled backend the scales are one kernel (:mod:`fastgan.ops.demodulation`), the convolution one,
+    and resampling one more, which then has the epilogue.
 
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, equations 1 and 3;
     "Alias-Free Generative Adversarial Networks", 2021, section 3.2 (input_gain, stylegan3).
@@ -97,18 +94,21 @@ def modulated_conv2d(
     (x,) = _check.autocast(x)
     if prenormalize == "auto":
         prenormalize = "stylegan2_fp16" if x.dtype == torch.float16 else "none"
-    resampled = up > 1 or down > 1
-    backends.choose(op, backend, _CAN_RUN, x.device, x.dtype, resampled=resampled)
-
-    in_scale, out_scale = reference.modulation_scales(
-        weight, style, demodulate=demodulate, eps=eps, prenormalize=prenormalize, input_gain=input_gain
-    )
+    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
+    if chosen == "reference" or not demodulate:
+        in_scale, out_scale = reference.modulation_scales(
+            weight, style, demodulate=demodulate, eps=eps, prenormalize=prenormalize, input_gain=input_gain
+        )
+    else:
+        in_scale, out_scale = demodulation(weight, style, prenormalize=prenormalize, eps=eps)
+        if input_gain is not None:
+            in_scale = in_scale * (input_gain.to(in_scale.dtype) if isinstance(input_gain, Tensor) else input_gain)
     weight = weight.to(x.dtype)
     if flip_weight is None:
         flip_weight = up == 1
     pointwise = kernel == (1, 1)
 
-    if not resampled:
+    if up == down == 1:
         weight = weight if flip_weight else weight.flip((2, 3))
         return scaled_conv2d(x, weight, in_scale, out_scale, padding=sides, epilogue=epilogue, backend=backend)
     if down > 1:

@@ -37,4 +37,5 @@ pixel_dot = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="pixel_dot.pixel_dot",
 )

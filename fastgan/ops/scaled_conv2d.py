@@ -9,7 +9,6 @@ is closed under differentiation: ``scaled_conv2d``, ``scaled_conv2d_weight_grad`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +17,17 @@ from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._conv_arguments import ConvArguments, check_call, kernel_tensors
 from fastgan.ops._conv_arguments import resolve as resolve_arguments
+from fastgan.ops._epilogue import Activated, epilogue_grads
 from fastgan.ops._library import define
-from fastgan.ops.activation_grad import activation_grad
 from fastgan.ops.pixel_dot import pixel_dot
-from fastgan.reference.activation import ACTIVATIONS, resolve
+from fastgan.reference.activation import resolve
 from fastgan.reference.epilogue import Epilogue, apply_epilogue
 from fastgan.reference.scaled_conv2d import pad_input
 from fastgan.reference.scaled_conv2d import scaled_conv2d as reference_scaled_conv2d
 
 _NAME = "scaled_conv2d"
 _NOTHING = Epilogue()
-_BACKENDS = {"cpp": backends.cpp_can_run, "reference": backends.always}
+_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
 def scaled_conv2d(
@@ -175,26 +174,6 @@ def _needs_grad(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
-class Activated(NamedTuple):
-    """The pointwise part of an epilogue, in the order of the op's schema."""
-
-    act: str
-    alpha: float
-    gain: float
-    clamp: float | None
-
-    @property
-    def identity(self) -> bool:
-        return self.act == "linear" and self.gain == 1.0 and self.clamp is None
-
-    def known_from_output(self, has_residual: bool) -> bool:
-        """Whether the backward can work from y alone: act' follows from act(z), which follows from y."""
-        if self.act == "linear" and self.clamp is None:
-            return True
-        monotone = self.gain > 0 and self.alpha >= 0
-        return ACTIVATIONS[self.act].invertible and monotone and not has_residual
-
-
 @dataclass(frozen=True)
 class Geometry:
     """The linear part's fixed arguments, in the order of the op's schema."""
@@ -283,7 +262,7 @@ def _conv_setup(ctx, inputs, output) -> None:
     if not ctx.save_conv:
         ctx.mark_non_differentiable(c)
     ctx.set_materialize_grads(False)
-    saved_y = None if ctx.act.act == "linear" and ctx.act.clamp is None else y
+    saved_y = None if ctx.act.linear else y
     if not ctx.act.known_from_output(ctx.has_residual):
         saved_y = None
     ctx.save_for_backward(x, weight, in_scale, out_scale, noise, strength, bias, saved_y, c if ctx.save_conv else None)
@@ -291,16 +270,14 @@ def _conv_setup(ctx, inputs, output) -> None:
 
 def _before_activation(ctx, grad_y: Tensor) -> Tensor:
     """The cotangent of what the activation is applied to."""
-    act = ctx.act
-    if act.act == "linear" and act.clamp is None:
-        return grad_y if act.gain == 1.0 else grad_y * act.gain
     _, _, _, out_scale, noise, strength, bias, y, _ = ctx.saved_tensors
-    if y is not None:
-        return activation_grad(grad_y, y, *act, True, 1)
-    z = _product(ctx)
-    z = z if out_scale is None else z * out_scale[:, :, None, None]
-    z = apply_epilogue(z, Epilogue(noise=noise, noise_strength=strength, bias=bias))
-    return activation_grad(grad_y, z, *act, False, 1)
+
+    def before() -> Tensor:
+        z = _product(ctx)
+        z = z if out_scale is None else z * out_scale[:, :, None, None]
+        return apply_epilogue(z, Epilogue(noise=noise, noise_strength=strength, bias=bias))
+
+    return ctx.act.cotangent(grad_y, y, before)
 
 
 def _product(ctx) -> Tensor:
@@ -316,7 +293,7 @@ def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
     g, g_scale = None, None  # the cotangent of conv(in_scale ⊙ x, weight) is g_scale ⊙ g
     if grad_y is not None:
         g, g_scale = (_before_activation(ctx, grad_y), out_scale) if any(ctx.needs_input_grad[:7]) else (None, None)
-        grads[4:8] = _epilogue_grads(ctx, grad_y, g)
+        grads[4:8] = epilogue_grads(ctx.needs_input_grad[4:8], grad_y, g, *ctx.saved_tensors[4:7], ctx.residual_gain)
         if need_out:
             grads[3] = pixel_dot(g, _product(ctx)).sum_to_size(out_scale.shape)
     if grad_c is not None:
@@ -336,24 +313,6 @@ def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
     return (*grads, *[None] * 12)
 
 
-def _epilogue_grads(ctx, grad_y: Tensor, g: Tensor | None) -> list[Tensor | None]:
-    """Gradients of noise, noise_strength, bias and residual."""
-    noise, strength = ctx.saved_tensors[4:6]
-    need_noise, need_strength, need_bias, need_residual = ctx.needs_input_grad[4:8]
-    grad_noise = grad_strength = grad_bias = grad_residual = None
-    if need_noise or need_strength:
-        over_channels = g.sum(1, keepdim=True, dtype=noise.dtype)
-        if need_noise:
-            grad_noise = (over_channels if strength is None else over_channels * strength).sum_to_size(noise.shape)
-        if need_strength:
-            grad_strength = (over_channels * noise).sum()
-    if need_bias:
-        grad_bias = g.sum((0, 2, 3), dtype=ctx.saved_tensors[6].dtype)
-    if need_residual:
-        grad_residual = grad_y * ctx.residual_gain
-    return [grad_noise, grad_strength, grad_bias, grad_residual]
-
-
 _conv_op = define(
     _NAME,
     "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor? noise, Tensor? noise_strength,"
@@ -365,6 +324,7 @@ _conv_op = define(
     setup_context=_conv_setup,
     backward=_conv_backward,
     differentiable_results=2,
+    triton="scaled_conv2d.scaled_conv2d",
 )
 
 
@@ -422,6 +382,7 @@ _weight_grad_op = define(
     fake=_weight_fake,
     setup_context=_weight_setup,
     backward=_weight_backward,
+    triton="scaled_conv2d_weight_grad.scaled_conv2d_weight_grad",
 )
 
 

@@ -4,15 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops import _check
+from fastgan.ops._epilogue import (
+    Activated,
+    check_epilogue,
+    contiguous,
+    dense,
+    epilogue_grads,
+    epilogue_tensors,
+    is_channels_last,
+)
+from fastgan.ops._library import define
 from fastgan.reference import upfirdn2d as reference
-from fastgan.reference.activation import ACTIVATIONS
+from fastgan.reference.activation import resolve
 from fastgan.reference.epilogue import Epilogue
 
-_CAN_RUN = {"reference": backends.always}
+_NOTHING = Epilogue()
+
+
+def _unless_trained(can_run):
+    """``can_run`` of a backend whose op has no gradient for the filter."""
+
+    def predicate(device: torch.device, dtype: torch.dtype, *, trained: bool) -> str | None:
+        if trained:
+            return "f requires a gradient, which the reference alone computes"
+        return can_run(device, dtype)
+
+    return predicate
+
+
+_BACKENDS = {
+    "triton": _unless_trained(backends.triton_can_run),
+    "cpp": _unless_trained(backends.cpp_can_run),
+    "reference": backends.always,
+}
 
 
 def upfirdn2d(
@@ -31,12 +60,15 @@ def upfirdn2d(
 
         out = (in · up + p0 + p1 − taps + down) // down        along each axis
 
-    Half types are computed in float32 and rounded once; autocast leaves ``x`` as it is.
+    Half types are computed in float32 and rounded once; autocast leaves ``x`` as it is. Filter and epilogue are one
+    pass over the image. The result is contiguous or, if ``x`` is, channels_last; an ``x`` that is neither is copied
+    once.
 
     Args:
         x: [N, C, H, W], floating point; N may be 0.
         f: [fh, fw], or [taps] for a separable filter that runs along both axes; any floating dtype, float32 as a rule.
-            None is the filter of one tap of 1. StyleGAN does not train it; a gradient is there for those who do.
+            None is the filter of one tap of 1. StyleGAN does not train it; for those who do, the reference has its
+            gradient, and runs if ``f`` requires one.
         up, down: factors ≥ 1: an int, or (x, y).
         padding: pixels of the upsampled image: an int, (x, y) or (x0, x1, y0, y1) = left, right, top, bottom. A
             negative number crops.
@@ -53,7 +85,10 @@ def upfirdn2d(
         ValueError: wrong shapes or factors, an output without pixels, a backend that cannot run.
         TypeError: an argument that must be a tensor is not.
 
-    Gradients: any order, for ``x``, ``f`` and the epilogue's tensors.
+    Gradients: 1st and 2nd order for ``x`` and the epilogue's tensors (any order if the epilogue is linear); the
+    reference differentiates without end, for ``f`` too. The gradient of ``x`` is upfirdn2d itself, with up and down
+    exchanged and the filter turned around. Saved for backward: the result, or ``x`` where a residual hides the
+    activation or it cannot be inverted; nothing but sizes for a linear epilogue.
 
     Source: Karras et al., "Alias-Free Generative Adversarial Networks", 2021, section 3.1; multirate filtering:
     insert zeros, filter, decimate.
@@ -66,19 +101,26 @@ def upfirdn2d(
     factors_up, factors_down = parse_factor(op, "up", up), parse_factor(op, "down", down)
     sides = parse_padding(op, padding)
     height, width = output_size(op, x, filter_size(f), factors_up, factors_down, sides)
-    if epilogue is not None:
-        check_epilogue(op, epilogue, x, (x.shape[0], x.shape[1], height, width))
-    backends.choose(op, backend, _CAN_RUN, device=x.device, dtype=x.dtype)
-    y = reference.upfirdn2d(
-        x,
-        f,
-        up=factors_up,
-        down=factors_down,
-        padding=sides,
-        flip_filter=flip_filter,
-        gain=float(gain),
-        epilogue=epilogue,
-    )
+    epilogue = _NOTHING if epilogue is None else epilogue
+    check_epilogue(op, epilogue, x, (x.shape[0], x.shape[1], height, width))
+    trained = f is not None and f.requires_grad and torch.is_grad_enabled()
+    if backends.choose(op, backend, _BACKENDS, x.device, x.dtype, trained=trained) == "reference":
+        y = reference.upfirdn2d(
+            x,
+            f,
+            up=factors_up,
+            down=factors_down,
+            padding=sides,
+            flip_filter=flip_filter,
+            gain=float(gain),
+            epilogue=epilogue,
+        )
+    else:
+        f = None if f is None else contiguous(f, _check.accumulate_dtype(x.dtype))
+        act = Activated(epilogue.act, *resolve(epilogue.act, epilogue.alpha, epilogue.gain), epilogue.clamp)
+        tensors = epilogue_tensors(epilogue, x.dtype)
+        fir = (factors_up, factors_down, sides, bool(flip_filter), float(gain))
+        y = _op(dense(x), f, *tensors, *fir, *act, float(epilogue.residual_gain))
     _check.no_nan(op, y)
     return y
 
@@ -96,31 +138,6 @@ def check_filter(op: str, name: str, f: Tensor | None, x: Tensor) -> None:
 def filter_size(f: Tensor | None) -> tuple[int, int]:
     """(width, height) of a filter in taps."""
     return (1, 1) if f is None else (f.shape[-1], f.shape[0])
-
-
-def check_epilogue(op: str, epilogue: Epilogue, x: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """The epilogue's tensors fit an output of ``shape`` [N, C, H, W]."""
-    n, channels, height, width = shape
-    _check.one_of(op, "epilogue.act", epilogue.act, list(ACTIVATIONS))
-    if epilogue.clamp is not None and not epilogue.clamp > 0:
-        raise ValueError(f"{op}: epilogue.clamp must be above 0 or None, got {epilogue.clamp}")
-    if epilogue.noise is None and epilogue.noise_strength is not None:
-        raise ValueError(f"{op}: epilogue.noise_strength must be None without noise, got {epilogue.noise_strength}")
-    strength = epilogue.noise_strength if isinstance(epilogue.noise_strength, Tensor) else None
-    wanted = (
-        ("noise", epilogue.noise, "[H, W] or [N, 1, H, W]", [[height, width], [n, 1, height, width]]),
-        ("noise_strength", strength, "a single value", [[], [1]]),
-        ("bias", epilogue.bias, "[C]", [[channels]]),
-        ("residual", epilogue.residual, "[N, C, H, W]", [list(shape)]),
-    )
-    for name, value, form, shapes in wanted:
-        if value is None:
-            continue
-        _check.tensor(op, f"epilogue.{name}", value)
-        _check.same_device(op, x=x, **{f"epilogue.{name}": value})
-        if list(value.shape) not in shapes:
-            choices = " or ".join(map(str, shapes))
-            raise ValueError(f"{op}: epilogue.{name} must be {form} = {choices}, got {list(value.shape)}")
 
 
 def parse_factor(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -160,3 +177,96 @@ def output_size(
             f"[{x.shape[2] * up[1] + y0 + y1}, {x.shape[3] * up[0] + x0 + x1}]"
         )
     return height, width
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastgan::upfirdn2d
+
+
+def _fallback(x, f, noise, noise_strength, bias, residual, up, down, padding, flip_filter, fir_gain, *settings):
+    *act, residual_gain = settings
+    epilogue = Epilogue(noise, noise_strength, bias, *act, residual, residual_gain)
+    y = reference.upfirdn2d(
+        x,
+        f,
+        up=tuple(up),
+        down=tuple(down),
+        padding=tuple(padding),
+        flip_filter=flip_filter,
+        gain=fir_gain,
+        epilogue=epilogue,
+    )
+    return _empty_result(x, y.shape).copy_(y)
+
+
+def _fake(x, f, noise, noise_strength, bias, residual, up, down, padding, *settings):
+    x0, x1, y0, y1 = padding
+    taps_x, taps_y = filter_size(f)
+    height = (x.shape[2] * up[1] + y0 + y1 - taps_y + down[1]) // down[1]
+    width = (x.shape[3] * up[0] + x0 + x1 - taps_x + down[0]) // down[0]
+    return _empty_result(x, (x.shape[0], x.shape[1], height, width))
+
+
+def _empty_result(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised, of ``shape`` in ``x``'s dtype and layout."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, f, noise, strength, bias, residual, *ctx.fir = inputs[:11]
+    ctx.act, ctx.residual_gain = Activated(*inputs[11:15]), inputs[15]
+    ctx.input_hw, ctx.output_hw = x.shape[2:], output.shape[2:]
+    from_output = ctx.act.known_from_output(residual is not None)
+    saved_y = output if from_output and not ctx.act.linear else None
+    ctx.save_for_backward(f, noise, strength, bias, saved_y, None if from_output else x)
+
+
+def _plain(x: Tensor, f: Tensor | None, noise, strength, bias, *fir) -> Tensor:
+    """The filter, noise and bias without what follows."""
+    return _op(dense(x), f, noise, strength, bias, None, *fir, "linear", 0.0, 1.0, None, 1.0)
+
+
+def _adjoint(fir, taps: tuple[int, int], input_hw: Sequence[int], output_hw: Sequence[int]) -> tuple:
+    """The options of the upfirdn2d that maps cotangents of the result back to ``x``.
+
+    Along each axis out[i] = Σ_k f[k] · u[i·down + k − p0] with u[j·up] = x[j], so the transpose inserts down − 1 zeros
+    into the cotangent, runs over the taps the other way round and keeps every up-th value; its first padding is what
+    puts tap 0 back on pixel 0, its second what makes the result x's size.
+    """
+    up, down, padding, flip_filter, gain = fir
+    sides = []
+    for axis in (0, 1):
+        before = padding[2 * axis]
+        size, out = input_hw[1 - axis] * up[axis], output_hw[1 - axis] * down[axis]
+        sides += [taps[axis] - before - 1, size - out + before - up[axis] + 1]
+    return down, up, sides, not flip_filter, gain
+
+
+def _backward(ctx, grad_y: Tensor):
+    f, noise, strength, bias, y, x = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if needs[1]:
+        raise NotImplementedError("upfirdn2d: the gradient of f has no kernel; backend='reference' computes it")
+    grads: list[Tensor | None] = [None] * 6
+    g = None
+    if any(needs[:5]):
+        g = ctx.act.cotangent(grad_y, y, lambda: _plain(x, f, noise, strength, bias, *ctx.fir))
+    grads[2:6] = epilogue_grads(needs[2:6], grad_y, g, noise, strength, bias, ctx.residual_gain)
+    if needs[0]:
+        adjoint = _adjoint(ctx.fir, filter_size(f), ctx.input_hw, ctx.output_hw)
+        grads[0] = _plain(g, f, None, None, None, *adjoint)
+    return (*grads, *[None] * 10)
+
+
+_op = define(
+    "upfirdn2d",
+    "(Tensor x, Tensor? f, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual, int[2] up,"
+    " int[2] down, SymInt[4] padding, bool flip_filter, float fir_gain, str act, float alpha, float gain, float? clamp,"
+    " float residual_gain) -> Tensor",
+    fallback=_fallback,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton="upfirdn2d.upfirdn2d",
+)

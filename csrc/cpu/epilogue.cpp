@@ -1,0 +1,52 @@
+#include "epilogue.h"
+
+namespace fastgan {
+namespace {
+
+template <Act A, bool kPerElement, bool kNoise, typename C>
+FASTGAN_INLINE void epilogue_loop(const EpilogueBlock<C>& b) {
+  // Copies: a store through y could otherwise change what b refers to, and every value would be loaded again.
+  const C *const c = b.c, *const scale = b.scale, *const shift = b.shift, *const noise = b.noise;
+  C* const y = b.y;
+  const C alpha = b.alpha, gain = b.gain, clamp = b.clamp, scale0 = scale[0], shift0 = shift[0];
+  const int64_t n = b.n;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    C z = c[i] * (kPerElement ? scale[i] : scale0) + (kPerElement ? shift[i] : shift0);
+    if constexpr (kNoise) z += noise[i];
+    const C v = act_value<A>(z, alpha) * gain;
+    // In this form, and not with min and max, a NaN passes.
+    y[i] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
+  }
+}
+
+template <typename C>
+FASTGAN_INLINE void epilogue_any(const EpilogueBlock<C>& b, bool per_element) {
+  dispatch_act(b.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE {
+    if (per_element) {
+      epilogue_loop<A, true, false>(b);
+    } else if (b.noise) {
+      epilogue_loop<A, false, true>(b);
+    } else {
+      epilogue_loop<A, false, false>(b);
+    }
+  });
+}
+
+template <typename C>
+FASTGAN_INLINE void axpy_loop(C a, const C* __restrict__ x, C* __restrict__ y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+}  // namespace
+
+FASTGAN_MULTIVERSION void epilogue_block(const EpilogueBlock<float>& b, bool per_element) {
+  epilogue_any(b, per_element);
+}
+void epilogue_block(const EpilogueBlock<double>& b, bool per_element) { epilogue_any(b, per_element); }
+
+FASTGAN_MULTIVERSION void axpy(float a, const float* x, float* y, int64_t n) { axpy_loop(a, x, y, n); }
+void axpy(double a, const double* x, double* y, int64_t n) { axpy_loop(a, x, y, n); }
+
+}  // namespace fastgan

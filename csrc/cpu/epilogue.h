@@ -1,0 +1,137 @@
+// What follows a linear part, in one pass over its result: y = clamp(gain * act(scale * c + noise + shift)) +
+// residual_gain * residual, block by block in the first-level cache.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "activation.h"
+#include "convert.h"
+#include "image.h"
+
+namespace fastgan {
+
+// One block of the epilogue: scale and shift are constants of the block (kPerElement false) or vectors along it.
+template <typename C>
+struct EpilogueBlock {
+  const C* c;
+  C* y;
+  int64_t n;
+  const C* scale;
+  const C* shift;
+  const C* noise;  // already multiplied by its strength; null for none
+  Act act;
+  C alpha, gain, clamp;
+};
+
+void epilogue_block(const EpilogueBlock<float>& b, bool per_element);
+void epilogue_block(const EpilogueBlock<double>& b, bool per_element);
+
+// y += a * x.
+void axpy(float a, const float* x, float* y, int64_t n);
+void axpy(double a, const double* x, double* y, int64_t n);
+
+// Per-channel values laid along one block of an image: entry i is the value of element i's channel.
+template <typename C>
+struct ChannelRow {
+  std::vector<C> values;
+  int64_t sample = -1;
+
+  // Fills the row with f(channel) for the longest block of a sample; a planar block needs its first entry only.
+  template <typename F>
+  void fill(const ImageBlocks& blocks, const ImageBlocks::Block& b, F&& f) {
+    if (blocks.planar) {
+      values.resize(1);
+      values[0] = f(b.channel);
+    } else if (sample != b.sample || static_cast<int64_t>(values.size()) < b.size) {
+      values.resize(b.size);
+      for (int64_t i = 0; i < b.size; ++i) values[i] = i < blocks.c ? f(i) : values[i - blocks.c];
+      sample = b.sample;
+    }
+  }
+};
+
+struct EpilogueArgs {
+  const std::optional<Tensor>&out_scale, &noise, &noise_strength, &bias, &residual;
+  Act act;
+  double alpha, gain, clamp, residual_gain;
+};
+
+// Applies an epilogue to one block of an image after another; every thread has its own.
+template <typename T>
+class BlockEpilogue {
+ public:
+  using C = accumulate_t<T>;
+
+  BlockEpilogue(const ImageBlocks& image, const EpilogueArgs& args, const Tensor& result)
+      : blocks(image),
+        e(args),
+        to(result.mutable_data_ptr<T>()),
+        scales(e.out_scale),
+        bias(e.bias ? e.bias->const_data_ptr<C>() : nullptr),
+        noise(e.noise ? e.noise->const_data_ptr<C>() : nullptr),
+        noise_stride(e.noise && e.noise->size(0) > 1 ? blocks.pixels : 0),
+        strength(e.noise_strength ? *e.noise_strength->const_data_ptr<C>() : C(1)),
+        residual(e.residual ? e.residual->const_data_ptr<T>() : nullptr) {
+    const int64_t longest = std::max(kBlock, blocks.c);
+    if (noise) noise_row.resize(longest);
+    if (sizeof(T) == 2) out_buffer.resize(longest);
+    if (residual && sizeof(T) == 2) residual_buffer.resize(longest);
+  }
+
+  // from: the block's values of the linear part.
+  void operator()(const C* from, const ImageBlocks::Block& b) {
+    scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
+    shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
+    C* const out = result_buffer(to + b.offset, out_buffer.data());
+    EpilogueBlock<C> block{from,    out,   b.size,     scale.values.data(), shift.values.data(),
+                           nullptr, e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
+    if (noise) add_noise(b, block);
+    epilogue_block(block, !blocks.planar);
+    if (residual)
+      axpy(C(e.residual_gain), as_compute(residual + b.offset, b.size, residual_buffer.data()), out, b.size);
+    flush(out, to + b.offset, b.size);
+  }
+
+ private:
+  void add_noise(const ImageBlocks::Block& b, EpilogueBlock<C>& block) {
+    const C* const values = noise + b.sample * noise_stride + b.pixel;
+    if (blocks.planar) {
+      for (int64_t p = 0; p < b.pixels; ++p) noise_row[p] = strength * values[p];
+      block.noise = noise_row.data();
+      return;
+    }
+    for (int64_t p = 0; p < b.pixels; ++p) {
+      for (int64_t channel = 0; channel < blocks.c; ++channel) {
+        noise_row[p * blocks.c + channel] = shift.values[channel] + strength * values[p];
+      }
+    }
+    block.shift = noise_row.data();
+  }
+
+  const ImageBlocks& blocks;
+  const EpilogueArgs& e;
+  T* const to;
+  const Scales<C> scales;
+  const C *const bias, *const noise;
+  const int64_t noise_stride;
+  const C strength;
+  const T* const residual;
+  std::vector<C> noise_row, out_buffer, residual_buffer;
+  ChannelRow<C> scale, shift;
+};
+
+template <typename T>
+void run_epilogue(const Tensor& c, const Tensor& y, bool channels_last, const EpilogueArgs& e) {
+  const ImageBlocks blocks(c, channels_last);
+  const auto* const from = c.const_data_ptr<accumulate_t<T>>();
+  torch::stable::parallel_for(0, blocks.count(), blocks.grain(), [&](int64_t begin, int64_t end) {
+    BlockEpilogue<T> epilogue(blocks, e, y);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto b = blocks.at(i);
+      epilogue(from + b.offset, b);
+    }
+  });
+}
+
+}  // namespace fastgan

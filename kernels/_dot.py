@@ -1,0 +1,33 @@
+"""The one matrix product of every Triton kernel here, and which precision float32 operands are multiplied in."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgan._native import TRITON_INTERPRETED
+
+# Read inside a kernel, so it has to be a constexpr.
+_INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32: a [M, K], b [K, N] of one dtype, acc [M, N] float32.
+
+    Half types run on tensor cores, exact products with float32 sums. float32 operands are multiplied as ``PRECISION``
+    says: "ieee" exactly, on the ordinary units, "tf32" on tensor cores with 10 bits of mantissa.
+    """
+    if _INTERPRETED:
+        # The interpreter multiplies bfloat16 as the integers of its bits: widened first, a product is what it is on
+        # tensor cores. It knows no TF32 at all.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def convolution_precision(dtype: torch.dtype) -> str:
+    """PRECISION of a convolution of ``dtype``: "tf32" only for float32 and where torch allows its own convolutions
+    TF32, by ``torch.backends.cudnn.conv.fp32_precision`` or the older ``torch.backends.cudnn.allow_tf32``."""
+    allowed = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
