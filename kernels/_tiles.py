@@ -22,6 +22,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def splits_to_fill(programs: int, most: int) -> int:
+    """Into how many parts, ``most`` at most, to split a sum that ``programs`` programs would compute: two for each
+    place, so that the last ones to start do not run alone."""
+    return min(most, ceil_div(2 * BUSY, programs))
+
+
 class PixelTile(NamedTuple):
     """The pixels of one tile: ``s`` samples by ``h`` rows by ``w`` columns, powers of two."""
 
@@ -38,7 +44,9 @@ class PixelTile(NamedTuple):
         return ceil_div(n, self.s), ceil_div(h, self.h), ceil_div(w, self.w)
 
 
-def pixel_tile(n: int, h: int, w: int, most: int, *, least: int = 16, width: int = 16) -> PixelTile:
+def pixel_tile(
+    n: int, h: int, w: int, most: int, *, least: int = 16, width: int = 16, joint_cost: float = 1.0
+) -> PixelTile:
     """The tile of at most ``most`` pixels that covers [n, h, w] with the fewest pixels beyond it.
 
     Args:
@@ -47,15 +55,17 @@ def pixel_tile(n: int, h: int, w: int, most: int, *, least: int = 16, width: int
         least: the fewest rows that a matrix product takes; the tile is filled up along samples to reach it.
         width: preferred columns where two shapes cover equally well: 16 keeps a 3×3 neighbourhood compact; 32 makes a
             row of NCHW 64 bytes of a half type.
+        joint_cost: factor on the cost of a tile that joins samples, above 1 where each row then has its own scales.
     """
-    best: tuple[int, int, PixelTile] | None = None
-    column = 1
+    best: tuple[float, int, PixelTile] | None = None
+    # From four columns on: a column of pixels shares nothing with its neighbours.
+    column = min(4, triton.next_power_of_2(w))
     while column <= min(most, triton.next_power_of_2(w)):
         rows = min(triton.next_power_of_2(h), most // column)
         samples = min(triton.next_power_of_2(n), most // (column * rows))
         tile = PixelTile(max(samples, ceil_div(least, column * rows)), rows, column)
         tiles = tile.count(n, h, w)
-        covered = tiles[0] * tiles[1] * tiles[2] * tile.pixels
+        covered = tiles[0] * tiles[1] * tiles[2] * tile.pixels * (joint_cost if tile.s > 1 else 1.0)
         candidate = (covered, abs(column - width), tile)
         best = candidate if best is None else min(best, candidate)
         column *= 2
@@ -73,14 +83,16 @@ class Block:
     stages: int
 
 
-def forward_block(dtype: torch.dtype, precision: str, pixels: int, c_in: int, c_out: int) -> Block:
+def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int) -> Block:
     """Tile of pixels × C_out × C_in of the forward kernel.
 
     Tensor cores want large tiles: 128 × 128 in eight warps keeps 64 sums a thread, and three stages of 64 channels
     deep take 96 KiB of shared memory, which sm_80 … sm_120 have (sm_75 buffers in registers, and uses 32 KiB). Ordinary
-    units gain nothing from that: a float32 tile is 64 × 64. Small layers halve the tile until the programs fill a GPU.
+    units gain nothing from that: a float32 tile is 64 × 64. NCHW pixels shifted by a tap are read one by one and wait
+    in registers, which 64 channels of them would overflow: half as deep. Small layers halve the tile until the programs
+    fill a GPU.
     """
-    half = dtype != torch.float32
+    half = x.dtype != torch.float32
     columns = min(128 if half else 64, max(16, triton.next_power_of_2(c_out)))
     rows = 128 if half else 64
     while rows > 16 and ceil_div(pixels, rows) * ceil_div(c_out, columns) < BUSY:
@@ -89,9 +101,11 @@ def forward_block(dtype: torch.dtype, precision: str, pixels: int, c_in: int, c_
         else:
             rows //= 2
     tensor_cores = half or precision == "tf32"
-    deepest = 64 if half else 32 if tensor_cores else 16
+    deepest = 64 if half and x.stride(1) == 1 else 32
     depth = max(16, min(deepest, triton.next_power_of_2(c_in)))
-    return Block(rows, columns, depth, 8 if rows * columns >= 128 * 128 else 4, 3 if tensor_cores else 2)
+    # Sums per thread: 64 on tensor cores, 16 on ordinary units, which need the other registers for operands.
+    wide = rows * columns >= (128 * 128 if tensor_cores else 64 * 64)
+    return Block(rows, columns, depth, 8 if wide else 4, 3 if tensor_cores else 2)
 
 
 def is_channels_last(t: Tensor) -> bool:

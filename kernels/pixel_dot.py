@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._launch import Launch
 from ._sum_parts import sum_parts
-from ._tiles import BUSY, ceil_div, needs_wide, traffic
+from ._tiles import ceil_div, needs_wide, splits_to_fill, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -84,7 +84,7 @@ def plan(a: Tensor, b: Tensor) -> tuple[Tensor, list[Launch]]:
         block_c = min(2048 // block_p, triton.next_power_of_2(c))
     programs = n * ceil_div(c, block_c)
     # A split is worth its part and the second launch from some thousand products a program on.
-    splits = max(1, min(ceil_div(pixels, 4 * block_p), ceil_div(2 * BUSY, programs)))
+    splits = splits_to_fill(programs, ceil_div(pixels, 4 * block_p))
     pixels_per_split = ceil_div(ceil_div(pixels, splits), block_p) * block_p
     splits = ceil_div(pixels, pixels_per_split)
     parts = out if splits == 1 else a.new_empty((splits, n, c), dtype=torch.float32)

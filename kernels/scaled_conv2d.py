@@ -14,6 +14,7 @@ are the sub-pixel convolution of Shi et al. 2016, arXiv 1609.07009.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from ._activation import activate
 from ._dot import convolution_precision, dot
 from ._launch import Launch
+from ._layers import shipped_layers
 from ._tiles import (
     ceil_div,
     empty_result,
@@ -282,10 +284,16 @@ class Tail:
 
 
 def plan(
-    x: Tensor, weight: Tensor, in_scale: Tensor | None, tail: Tail, conv: Convolution, save_conv: bool
+    x: Tensor,
+    weight: Tensor,
+    in_scale: Tensor | None,
+    tail: Tail,
+    conv: Convolution,
+    save_conv: bool,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Launch | None]:
     """The result, the saved product (empty without ``save_conv``) and the one launch that fills them; None for an empty
-    batch. Works on meta tensors."""
+    batch. Works on meta tensors. ``precision`` None asks torch's settings."""
     kernel_hw = (weight.shape[2], weight.shape[3])
     c_out, c_in = (weight.shape[1], weight.shape[0]) if conv.transposed else (weight.shape[0], weight.shape[1])
     out_hw = conv.output_hw((x.shape[2], x.shape[3]), kernel_hw)
@@ -295,11 +303,12 @@ def plan(
     if y.numel() == 0:
         return y, c, None
 
-    precision = convolution_precision(x.dtype)
+    precision = precision or convolution_precision(x.dtype)
     phase_hw = conv.phase_hw(out_hw)
     pixels = x.shape[0] * phase_hw[0] * phase_hw[1]
-    block = forward_block(x.dtype, precision, pixels * conv.phases, c_in, c_out)
-    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=16 if is_channels_last(y) else 32)
+    block = forward_block(x, precision, pixels * conv.phases, c_in, c_out)
+    width, joint_cost = 16 if is_channels_last(y) else 32, 1.0 if in_scale is None else 1.5
+    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=width, joint_cost=joint_cost)
     tiles = tile.count(x.shape[0], *phase_hw)
     arguments = (
         {"x_ptr": x, "w_ptr": weight, "in_scale_ptr": in_scale, "out_scale_ptr": tail.out_scale}
@@ -350,6 +359,30 @@ def _strides(
     noise = tail.noise
     strides["noise_stride_n"] = 0 if noise is None or noise.shape[0] == 1 else noise.stride(0)
     return strides
+
+
+def shipped() -> Iterator[tuple[str, list[Launch]]]:
+    """(label, launches) of every layer in :mod:`fastgan.kernels._layers`: its forward as inference runs it, and in
+    float16 also as training does, which saves the product."""
+    for label, layer, variant in shipped_layers():
+        conv = Convolution((layer.stride,) * 2, (layer.padding,) * 2, (0, 0), (1, 1), layer.transposed)
+        x = variant.image(layer.batch, layer.c_in, layer.size, layer.size)
+        weight = variant.image(*layer.weight_shape)
+        out_hw = conv.output_hw((layer.size, layer.size), (layer.kernel, layer.kernel))
+        in_scale = variant.wide(layer.batch, layer.c_in) if layer.modulated else None
+        tail = Tail(
+            out_scale=variant.wide(layer.batch if layer.modulated else 1, layer.c_out) if layer.demodulated else None,
+            noise=variant.wide(1, 1, *out_hw) if layer.noise else None,
+            noise_strength=variant.wide() if layer.noise else None,
+            bias=variant.wide(layer.c_out) if layer.bias else None,
+            act=layer.act,
+            alpha=0.2 if layer.act == "lrelu" else 0.0,
+            gain=layer.gain,
+            clamp=layer.clamp,
+        )
+        for save_conv in (False, True) if layer.demodulated and variant.dtype == torch.float16 else (False,):
+            launch = plan(x, weight, in_scale, tail, conv, save_conv, variant.precision)[2]
+            yield f"{label}{' saving the product' if save_conv else ''}", [launch]
 
 
 def scaled_conv2d(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):

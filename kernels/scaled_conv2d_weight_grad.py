@@ -15,6 +15,8 @@ Source: Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from ._dot import convolution_precision, dot
 from ._launch import Launch
+from ._layers import shipped_layers
 from ._sum_parts import sum_parts
-from ._tiles import BUSY, ceil_div, is_channels_last, needs_wide, pixel_tile, traffic
+from ._tiles import ceil_div, is_channels_last, needs_wide, pixel_tile, splits_to_fill, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -147,16 +150,18 @@ def plan(
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
+    precision: str | None = None,
 ) -> tuple[Tensor, list[Launch]]:
     """The gradient [C_out, C_in, k_h, k_w] in float32 and the one or two launches that fill it; zeros and none for an
-    empty batch. Works on meta tensors."""
+    empty batch. Works on meta tensors. ``precision`` None asks torch's settings."""
     c_out, c_in, *kernel_hw = weight_size
     n, out_hw, taps = x.shape[0], g.shape[2:], kernel_hw[0] * kernel_hw[1]
     if n == 0:
         return x.new_zeros(weight_size, dtype=torch.float32), []
     out = x.new_empty(weight_size, dtype=torch.float32)
     half = x.dtype != torch.float32
-    block_o = min(128 if half else 64, max(16, triton.next_power_of_2(c_out)))
+    # In float32 32 rows: from 64 on, Hopper's TF32 product wants pixels contiguous, and NHWC has channels contiguous.
+    block_o = min(128 if half else 32, max(16, triton.next_power_of_2(c_out)))
     # Scales keep a second sum per weight in registers.
     scaled = in_scale is not None or g_scale is not None
     block_i = min(64 if scaled or not half else 128, max(16, triton.next_power_of_2(c_in)))
@@ -165,7 +170,7 @@ def plan(
     _, tiles_h, tiles_w = tile.count(1, *out_hw)
     tiles = tiles_h * tiles_w
     products = ceil_div(c_out, block_o) * ceil_div(c_in, block_i) * taps
-    tiles_per_split = ceil_div(n * tiles, min(n * tiles, ceil_div(2 * BUSY, products)))
+    tiles_per_split = ceil_div(n * tiles, splits_to_fill(products, n * tiles))
     splits = ceil_div(n * tiles, tiles_per_split)
     parts = out if splits == 1 else x.new_empty((splits, taps, c_out, c_in), dtype=torch.float32)
     by_split = (0, c_in * taps, taps, 1) if splits == 1 else (out.numel(), c_in, 1, c_out * c_in)
@@ -180,7 +185,11 @@ def plan(
             arguments[f"{name}_stride_{axis}"] = 0 if broadcast else t.stride(dim)
     arguments |= {f"out_stride_{a}": value for a, value in zip(("split", "o", "i", "tap"), by_split, strict=True)}
     constants = {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
-    constants |= {"DILATION_H": dilation[0], "DILATION_W": dilation[1], "PRECISION": convolution_precision(x.dtype)}
+    constants |= {
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+        "PRECISION": precision or convolution_precision(x.dtype),
+    }
     constants |= {"BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_O": block_o, "BLOCK_I": block_i}
     constants |= {"WIDE": needs_wide(x, g)}
     product = Launch(
@@ -194,6 +203,23 @@ def plan(
         flops=2 * n * out_hw[0] * out_hw[1] * c_in * c_out * taps,
     )
     return out, [product] if splits == 1 else [product, sum_parts(parts, out, c_out * c_in)]
+
+
+def shipped() -> Iterator[tuple[str, list[Launch]]]:
+    """(label, launches) of the weight gradient of every layer in :mod:`fastgan.kernels._layers`."""
+    for label, layer, variant in shipped_layers():
+        x = variant.image(layer.batch, layer.c_in, layer.size, layer.size)
+        if layer.transposed:
+            size = (layer.size - 1) * layer.stride + layer.kernel - 2 * layer.padding
+        else:
+            size = (layer.size + 2 * layer.padding - layer.kernel) // layer.stride + 1
+        g = variant.image(layer.batch, layer.c_out, size, size)
+        in_scale = variant.wide(layer.batch, layer.c_in) if layer.modulated else None
+        g_scale = variant.wide(layer.batch if layer.modulated else 1, layer.c_out) if layer.demodulated else None
+        # A transposed convolution's is the same with the roles of x and g swapped.
+        operands = (g, x, g_scale, in_scale) if layer.transposed else (x, g, in_scale, g_scale)
+        geometry = ((layer.stride,) * 2, (layer.padding,) * 2, (1, 1))
+        yield label, plan(*operands, layer.weight_shape, *geometry, variant.precision)[1]
 
 
 def scaled_conv2d_weight_grad(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups):
