@@ -11,10 +11,12 @@ import hashlib
 import importlib
 import multiprocessing
 import os
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +26,9 @@ from fastgan.profile.devices import ARCHITECTURES
 from fastgan.profile.global_loads import TileLoad, tile_loads
 from fastgan.profile.machine_code import MachineCode, read
 
+# Of the code that reads machine code: another number makes what was read before be read again.
+_READER = 1
+_CACHED = "fastgan-compiled.pickle"
 _DOT = re.compile(r"tt\.dot(?:_scaled)? .* : tensor<[\dx]+x(\w+)[,>]")
 _PRECISION = re.compile(r"inputPrecision = (\w+)")
 
@@ -120,6 +125,7 @@ def specialise(launch: Launch, arch: int) -> Job:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it, in a process of its own")
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -135,7 +141,8 @@ def specialise(launch: Launch, arch: int) -> Job:
     bound, specialization, options = binder(**keywords)
     parsed, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
     portable = {path: _portable(value) for path, value in constants.items()}
-    text = repr((reference, kernel.cache_key, arch, signature, portable, attributes, sorted(parsed.__dict__.items())))
+    facts = (_READER, triton.__version__, reference, kernel.cache_key, arch, signature, portable, attributes)
+    text = repr((facts, sorted(parsed.__dict__.items())))
     key = hashlib.sha256(text.encode()).hexdigest()
     return Job(reference, arch, key, signature, portable, attributes, dict(parsed.__dict__))
 
@@ -154,7 +161,19 @@ def _restored(value: Any) -> Any:
 
 
 def compile_job(job: Job) -> Compiled:
-    """Compile one job in this process, or take it from Triton's cache, and read the result."""
+    """Compile one job in this process and read the result, or take what was read before from Triton's cache."""
+    from triton.runtime.cache import get_cache_manager
+
+    cache = get_cache_manager(job.key)
+    path = cache.get_file(_CACHED)
+    if path is not None:
+        return pickle.loads(Path(path).read_bytes())
+    compiled = _compile(job)
+    cache.put(pickle.dumps(compiled), _CACHED)
+    return compiled
+
+
+def _compile(job: Job) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
