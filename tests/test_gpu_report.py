@@ -425,19 +425,41 @@ def test_report_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture, monkeyp
     assert "triton is not installed" in capsys.readouterr().err
 
 
+def test_architectures_in_turn() -> None:
+    launches = [("a", gpu_kernels.copy()), ("same", gpu_kernels.copy(2 << 20)), ("b", gpu_kernels.copy(1000))]
+    launches.append(("c", gpu_kernels.product()))
+    found = [(label, arch) for label, _, arch in gpu_report.in_turn(launches, (80, 90))]
+    assert found == [("a", 80), ("same", 80), ("b", 90), ("c", 80)]
+
+
+# d = rsqrt(style² · Σ W²) needs no image: it is a launch of its own, ahead of the convolution, and its bytes (the
+# weights once more) are shown in the report and held here by themselves.
+AHEAD = "demodulation_kernel"
+
+
 def test_modelled_traffic_is_within_budget() -> None:
-    """up = 1: one launch and at most 1.15 × the compulsory bytes; up = 2: at most three and 2.7 ×."""
+    """up = 1: one launch, 1.15 × the compulsory bytes at most; up = 2: three and 2.7 ×, demodulation among them."""
     over = []
     for entry in gpu_report.layer_traffic(report_layers()):
+        layer = [kernel for kernel in entry.fused if kernel.name != AHEAD or entry.layer.up == 2]
         launches, factor = (3, 2.7) if entry.layer.up == 2 else (1, 1.15)
-        ratio = entry.over_compulsory(entry.fused)
-        if entry.launches > launches or ratio > factor:
-            over.append(f"{entry.layer.model} {entry.layer.name}: {entry.launches} launches, {ratio:.2f} ×")
+        ratio = entry.over_compulsory(layer)
+        ahead = sum(kernel.bytes for kernel in entry.fused if kernel.name == AHEAD)
+        if len(layer) > launches or ratio > factor or ahead > entry.layer.compulsory:
+            over.append(f"{entry.layer.model} {entry.layer.name}: {[k.name for k in layer]}, {ratio:.2f} ×")
     assert not over, "\n".join(over)
 
 
 def test_what_we_ship_has_nothing_to_find() -> None:
-    """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow them; sm_80, sm_90."""
-    report = gpu_report.make_report(gpu_report.CI_ARCHITECTURES)
-    assert report.code
-    assert not report.findings, "\n".join(map(str, report.findings))
+    """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow them.
+
+    The layers of the report on both architectures of CI, every other shipped configuration on one of them in turn;
+    ``make gpu-report`` compiles everything for all.
+    """
+    archs = gpu_report.CI_ARCHITECTURES
+    layers = list(gpu_report.planned_launches(gpu_report.layer_traffic(report_layers())))
+    launches = [(label, launch, arch) for arch in archs for label, launch in layers]
+    launches += gpu_report.in_turn(gpu_report.shipped_launches(), archs)
+    code, findings = gpu_report.compile_launches(launches)
+    assert {arch for _, _, arch, _ in code} == set(archs)
+    assert not findings, "\n".join(map(str, findings))

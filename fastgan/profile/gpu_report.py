@@ -100,10 +100,10 @@ def layer_traffic(layers: Iterable[Layer]) -> list[LayerTraffic]:
 
 
 def compile_launches(
-    launches: Sequence[tuple[str, Launch]], archs: Iterable[int], processes: int
+    launches: Iterable[tuple[str, Launch, int]], processes: int = 2
 ) -> tuple[list[tuple[str, Launch, int, Compiled | Failure]], list[gpu_checks.Finding]]:
-    """Compile the distinct code among ``launches`` and check every launch; -> (code, findings)."""
-    jobs = [(label, launch, specialise(launch, arch)) for arch in archs for label, launch in launches]
+    """Compile the distinct code among (label, launch, architecture) and check every launch; -> (code, findings)."""
+    jobs = [(label, launch, specialise(launch, arch)) for label, launch, arch in launches]
     results = compile_all([job for _, _, job in jobs], processes)
     code: dict[str, tuple[str, Launch, int, Compiled | Failure]] = {}
     findings: dict[tuple[str, str, str], gpu_checks.Finding] = {}
@@ -113,6 +113,22 @@ def compile_launches(
         for found in gpu_checks.check(label, launch, result):
             findings.setdefault((job.key, found.kind, found.message), found)
     return list(code.values()), list(findings.values())
+
+
+def in_turn(launches: Iterable[tuple[str, Launch]], archs: Sequence[int]) -> Iterator[tuple[str, Launch, int]]:
+    """Every distinct code once, for one of the architectures in turn: what CI has time for."""
+    seen: dict[str, int] = {}
+    for label, launch in launches:
+        key = specialise(launch, archs[0]).key
+        yield label, launch, seen.setdefault(key, archs[len(seen) % len(archs)])
+
+
+def planned_launches(traffic: Iterable[LayerTraffic]) -> Iterator[tuple[str, Launch]]:
+    """(label, launch) of what the layers launch."""
+    for entry in traffic:
+        for kernel in entry.fused:
+            if kernel.launch is not None:
+                yield f"{entry.layer.model} {entry.layer.name}", kernel.launch
 
 
 def make_report(
@@ -133,14 +149,8 @@ def make_report(
     if unknown:
         raise ValueError(f"gpu-report: arch must be among {', '.join(map(str, ARCHITECTURES))}, got {unknown}")
     traffic = layer_traffic(report_layers() if layers is None else layers)
-    planned = [
-        (f"{entry.layer.model} {entry.layer.name}", kernel.launch)
-        for entry in traffic
-        for kernel in entry.fused
-        if kernel.launch is not None
-    ]
-    planned += shipped_launches() if launches is None else launches
-    code, findings = compile_launches(planned, archs, processes)
+    planned = [*planned_launches(traffic), *(shipped_launches() if launches is None else launches)]
+    code, findings = compile_launches([(*entry, arch) for arch in archs for entry in planned], processes)
     return Report(tuple(archs), traffic, code, findings)
 
 
