@@ -359,21 +359,39 @@ def test_tests_on_a_gpu_are_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch):
+def where(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("FASTGAN_TEST_DEVICE", raising=False)
     spec = importlib.util.spec_from_file_location("triton_tests_device", ROOT / "tests" / "triton" / "device.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.interpreted()
-    return module.choose
+    return module
 
 
-def test_device_of_the_triton_tests(choose) -> None:
+def test_what_tests_make_is_made_on_the_gpu(where: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """meta stands in for cuda: tensors and generators are asked for there, and no longer when the test is over."""
+    asked = []
+    monkeypatch.setattr(where, "DEVICE", "meta")
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": asked.append(device))
+    fixture = where.on_device.__wrapped__ if hasattr(where.on_device, "__wrapped__") else where.on_device
+    with monkeypatch.context() as patches:
+        running = fixture(patches)
+        next(running)
+        assert torch.ones(2).device.type == "meta"
+        torch.Generator()
+        next(running, None)
+    torch.Generator()
+    assert asked == ["meta", "cpu"]
+    assert torch.ones(2).device.type == "cpu"
+
+
+def test_device_of_the_triton_tests(where: ModuleType) -> None:
+    choose = where.choose
     assert choose({"TRITON_INTERPRET": "1"}, False) == "cpu"
     assert choose({"FASTGAN_TEST_DEVICE": "cuda"}, True) == "cuda"
     for environment, gpu, message in [
-        ({}, True, "need TRITON_INTERPRET=1"),
+        ({}, True, "set TRITON_INTERPRET=1"),
         ({"FASTGAN_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "1"}, True, "unset TRITON_INTERPRET"),
         ({"FASTGAN_TEST_DEVICE": "cuda"}, False, "torch sees no CUDA device"),
         ({"FASTGAN_TEST_DEVICE": "tpu"}, True, "must be cpu or cuda, got 'tpu'"),

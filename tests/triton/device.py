@@ -2,8 +2,8 @@
 
 One set of cases serves two places. By default that is the CPU: the process has TRITON_INTERPRET=1 and Triton's
 interpreter runs the kernels. With FASTGAN_TEST_DEVICE=cuda (and without TRITON_INTERPRET) it is a GPU: ``make
-gpu-check`` runs the same files so. A test takes its device from the fixture ``device``, or from :data:`DEVICE` where a
-module needs it, and makes every tensor there.
+gpu-check`` runs the same files so. ``on_device`` puts what a test makes there, tensors and generators that name no
+device; a test that must name one takes the fixture ``device``.
 
 What only one of the two can show is asked for by ``interpreted()``: the interpreter multiplies in float32 what tensor
 cores would multiply in TF32 or bfloat16, so a tolerance for those belongs to the GPU.
@@ -11,8 +11,9 @@ cores would multiply in TF32 or bfloat16, so a tolerance for those belongs to th
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -32,8 +33,9 @@ def choose(environment: Mapping[str, str], cuda_is_available: bool) -> str:
         raise RuntimeError(f"{VARIABLE} must be cpu or cuda, got {wanted!r}")
     if wanted == "cpu" and not interpreted:
         raise RuntimeError(
-            "the tests of the Triton kernels need TRITON_INTERPRET=1 (Triton's interpreter on the CPU, in a process of "
-            f"its own) or {VARIABLE}=cuda (a GPU)"
+            "the tests of the Triton kernels need a device: set TRITON_INTERPRET=1 before Python starts (Triton's "
+            "interpreter on the CPU, in a process of its own: tests/test_triton_interpreted.py does that), or "
+            f"{VARIABLE}=cuda (a GPU: make gpu-check does that)"
         )
     if wanted == "cuda" and interpreted:
         raise RuntimeError(f"{VARIABLE}=cuda runs compiled kernels: unset TRITON_INTERPRET")
@@ -54,3 +56,16 @@ def interpreted() -> bool:
 def device() -> torch.device:
     """Where the test makes its tensors."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test makes without naming a device is made on :data:`DEVICE`."""
+    if interpreted():
+        yield
+        return
+    # torch's default device does not reach generators, and one of the CPU cannot fill a tensor of a GPU.
+    monkeypatch.setattr(torch, "Generator", functools.partial(torch.Generator, device=DEVICE))
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
