@@ -212,7 +212,8 @@ def _finish(
 ):
     """Add the partial second products, normalise both vectors, write u, v and σ: the layer's last program."""
     owned, spanned = _field(layer_ptr, _OWNED), _field(layer_ptr, _SPANNED)
-    own_ptr, other_ptr = (v_ptr, u_ptr) if HOOK else (u_ptr, v_ptr)
+    u_out, v_out = u_ptr + tl.load(layer_ptr + _U_START), v_ptr + tl.load(layer_ptr + _V_START)
+    own_ptr, other_ptr = (v_out, u_out) if HOOK else (u_out, v_out)
     squares = tl.zeros([_BLOCK], tl.float32)
     for start in range(0, owned, _BLOCK):
         a = start + tl.arange(0, _BLOCK)
@@ -261,8 +262,7 @@ def sigma_kernel(
     workspace_ptr,  # float32: per layer the first product, then the partial second products of its programs
     counters_ptr,  # int32, 0 before and after
     eps,
-    KINDS: tl.constexpr,  # ((C, FAST, VECTOR, STRAIGHT, long), ...)
-    TILE: tl.constexpr,
+    KINDS: tl.constexpr,  # ((S, C, FAST, VECTOR, STRAIGHT, long), ...)
     DTYPE: tl.constexpr,
     HOOK: tl.constexpr,
     READ: tl.constexpr,
@@ -275,14 +275,12 @@ def sigma_kernel(
     layer = tl.load(table_ptr + layers * _FIELDS + tl.program_id(0))
     layer_ptr = table_ptr + layer * _FIELDS
     index = tl.program_id(0) - _field(layer_ptr, _FIRST_PROGRAM)
-    programs = _field(layer_ptr, _PROGRAM_COUNT)
     begin = index * _field(layer_ptr, _SPAN)
     end = tl.minimum(begin + _field(layer_ptr, _SPAN), _field(layer_ptr, _OWNED))
 
     u_in = _vector_ptr(layer_ptr, u_ptr, _U, _U_START, FROM_RESULT)
     v_in = _vector_ptr(layer_ptr, v_ptr, _V, _V_START, FROM_RESULT)
     own_ptr, x_ptr = (v_in, u_in) if HOOK else (u_in, v_in)
-    u_out, v_out = u_ptr + tl.load(layer_ptr + _U_START), v_ptr + tl.load(layer_ptr + _V_START)
     first_ptr = workspace_ptr + tl.load(layer_ptr + _FIRST)
     partial_ptr = workspace_ptr + tl.load(layer_ptr + _PARTIAL)
     stride = 1 if READ else _field(layer_ptr, _SPANNED)
@@ -290,19 +288,21 @@ def sigma_kernel(
     kind = _field(layer_ptr, _KIND)
     for i in tl.static_range(len(KINDS)):
         if kind == i:
-            C: tl.constexpr = KINDS[i][0]
-            sweep: tl.constexpr = _sweep_long if KINDS[i][4] else _sweep
+            sweep: tl.constexpr = _sweep_long if KINDS[i][5] else _sweep
             sweep(
                 layer_ptr, x_ptr, own_ptr, first_ptr, partial_ptr + index * stride, begin, end,
-                TILE // C, C, KINDS[i][1], KINDS[i][2], KINDS[i][3], DTYPE, HOOK, READ,
+                KINDS[i][0], KINDS[i][1], KINDS[i][2], KINDS[i][3], KINDS[i][4], DTYPE, HOOK, READ,
             )  # fmt: skip
 
+    # Read only now: what lives through the sweep takes registers from its tile.
+    programs = _field(layer_ptr, _PROGRAM_COUNT)
     counter_ptr = counters_ptr + tl.load(layer_ptr + _COUNTER)
     if READ:
         if arrive(counter_ptr, programs):
             tl.store(sigma_ptr + layer, sum_range(partial_ptr, 0, programs, _BLOCK))
-            _copy(u_in, u_out, _field(layer_ptr, _ROWS))
-            _copy(v_in, v_out, _field(layer_ptr, _OUTER) * _field(layer_ptr, _INNER))
+            _copy(u_in, u_ptr + tl.load(layer_ptr + _U_START), _field(layer_ptr, _ROWS))
+            columns = _field(layer_ptr, _OUTER) * _field(layer_ptr, _INNER)
+            _copy(v_in, v_ptr + tl.load(layer_ptr + _V_START), columns)
     else:
         group = _field(layer_ptr, _GROUP)
         number, groups = index // group, tl.cdiv(programs, group)
@@ -315,9 +315,8 @@ def sigma_kernel(
                 _store_partial(group_ptr, b, _add_partials(group_ptr, stride, size, b, spanned), spanned)
             if arrive(counter_ptr, groups):
                 _finish(
-                    layer_ptr, sigma_ptr + layer, u_out, v_out, first_ptr, partial_ptr, stride * group, groups, eps,
-                    HOOK,
-                )  # fmt: skip
+                    layer_ptr, sigma_ptr + layer, u_ptr, v_ptr, first_ptr, partial_ptr, stride * group, groups, eps, HOOK
+                )
 
 
 @triton.jit

@@ -34,8 +34,9 @@ from fastgan.kernels._spectral_sigma import FIELDS, gradient_kernel, sigma_kerne
 _TILE = 8192  # elements of W that a program holds at once: 16 registers of each of its 512 threads
 _WARPS = 16
 # Where owned indices are the neighbours in memory, they are read in runs of a tile's owned extent, which must not get
-# shorter than _TILE / 1024 = 8: 32 bytes of float32 is the smallest piece of memory that a GPU fetches.
-_LONGEST, _LONGEST_ACROSS = 8192, 1024
+# shorter than 4096 / 512 = 8: 32 bytes of float32 is the smallest piece of memory that a GPU fetches.
+_TILE_ACROSS = 4096
+_LONGEST, _LONGEST_ACROSS = 8192, 512
 _LONG_CHUNK, _LONG_CHUNK_ACROSS = 2048, 512
 # Four programs for each of some 128 multiprocessors, but not less than two tiles each, nor so much that the last one
 # runs alone for long.
@@ -96,17 +97,18 @@ def _matrix(shape: Sequence[int], strides: Sequence[int], dim: int) -> _Matrix |
     return _Matrix(shape[dim], strides[dim], outer[2], *outer[:2], inner[2], *inner[:2])
 
 
-def _kind(matrix: _Matrix, hook: bool, vector: int, straight: bool) -> tuple[int, int, int, bool, bool]:
-    """(C, FAST, VECTOR, STRAIGHT, long) of sigma_kernel: a tile's spanned extent, its fast axis, and how wide loads may
+def _kind(matrix: _Matrix, hook: bool, vector: int, straight: bool) -> tuple[int, int, int, int, bool, bool]:
+    """(S, C, FAST, VECTOR, STRAIGHT, long) of sigma_kernel: a tile's spanned extent, its fast axis, and how wide loads may
     be of the weight and, where u and v are aligned (``straight``), of the vector beside it.
     """
     by_rows = matrix.columns == 1 or (matrix.rows > 1 and matrix.row_stride < matrix.inner_stride)
     # Axis 1 of a tile is the spanned one: columns, or rows in the hook's order.
     fast = 1 if by_rows == hook else 0
     spanned = matrix.rows if hook else matrix.padded_columns
-    longest = _LONGEST if fast == 1 else _LONGEST_ACROSS
+    longest, chunk, tile = (
+        (_LONGEST, _LONG_CHUNK, _TILE) if fast == 1 else (_LONGEST_ACROSS, _LONG_CHUNK_ACROSS, _TILE_ACROSS)
+    )
     long = spanned > longest
-    chunk = _LONG_CHUNK if fast == 1 else _LONG_CHUNK_ACROSS
     width = chunk if long else max(16, 1 << (spanned - 1).bit_length())
     if by_rows:
         run, stride, others = matrix.rows, matrix.row_stride, (matrix.outer_stride, matrix.inner_stride)
@@ -114,7 +116,7 @@ def _kind(matrix: _Matrix, hook: bool, vector: int, straight: bool) -> tuple[int
         run, stride, others = matrix.inner, matrix.inner_stride, (matrix.outer_stride, matrix.row_stride)
     wide = stride == 1 and run % vector == 0 and all(other % vector == 0 for other in others)
     in_order = hook or (matrix.outer == 1 and matrix.inner_step == 1)
-    return width, fast, vector if wide else 1, straight and in_order and spanned % 4 == 0, long
+    return tile // width, width, fast, vector if wide else 1, straight and in_order and spanned % 4 == 0, long
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class _Plan:
     programs: int
     workspace: int  # float32 numbers
     counters: int
-    kinds: tuple[tuple[int, int, int, bool, bool], ...]
+    kinds: tuple[tuple[int, int, int, int, bool, bool], ...]
     elements: int
     rows: int
     columns: int
@@ -144,7 +146,7 @@ def _plan(
     vector = VECTOR_BYTES // weights[0].element_size()
     elements = sum(w.numel() for w in weights)
     share = min(max(elements // _PROGRAMS, _LEAST_ELEMENTS), _MOST_ELEMENTS)
-    kinds: list[tuple[int, int, int, bool, bool]] = []
+    kinds: list[tuple[int, int, int, int, bool, bool]] = []
     fields: list[dict[str, int]] = []
     programs = workspace = counters = u_start = v_start = 0
     for weight, u, v, matrix in zip(weights, us, vs, matrices, strict=True):
@@ -155,7 +157,7 @@ def _plan(
         owned, spanned = matrix.padded_columns, matrix.rows
         if not hook:
             owned, spanned = spanned, owned
-        span = _round_up(max(1, share // spanned), _TILE // kind[0])
+        span = _round_up(max(1, share // spanned), kind[0])
         # Rows of partial sums begin at multiples of 16 bytes.
         spanned = _round_up(spanned, 4)
         count = -(-owned // span)
@@ -223,7 +225,7 @@ def plan_sigma(
         "counters_ptr": _reduce.counters(device, plan.counters),
         "eps": eps,
     }
-    constants = {"KINDS": plan.kinds, "TILE": _TILE, "DTYPE": ELEMENT_TYPES[weights[0].dtype]}
+    constants = {"KINDS": plan.kinds, "DTYPE": ELEMENT_TYPES[weights[0].dtype]}
     launches = [
         Launch(
             kernel=sigma_kernel,

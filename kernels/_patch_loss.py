@@ -1,0 +1,327 @@
+"""Device code of patch_loss; kernels/patch_loss.py plans its launches.
+
+Every element contributes factor · w · f(x), with one of four functions f of a logit and a constant, its anchor, as in
+fastgan/ops/_patch_loss.py:
+
+    bce     softplus(x) - anchor · x     square  (x - anchor)²
+    linear  anchor · x                   hinge   max(0, 1 + anchor · x)
+
+An *entry* is a map of either side, or a pair of maps whose x is real - fake. A program has consecutive elements of one
+entry: whole blocks of it in wide loads, what is left of the map one by one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastgan.kernels._reduce import arrive, select_number, select_pointer, sum_range, wide
+
+# The table: per program entry, first element, end, end of whole aligned blocks, elements per sample, where the slopes
+# of its entry start (-1: nobody wants them).
+FIELDS = 6
+_FIELDS = tl.constexpr(FIELDS)
+
+
+@triton.jit
+def _exp_nonpositive(x):
+    """exp(x) for x ≤ 0 within 2 ulp, 0 where it is denormal: the hardware's own loses 2⁻²³ |x| of its value.
+
+    Source: Cephes Math Library (S. L. Moshier), the single-precision polynomial.
+    """
+    clamped = tl.where(x < -87.33, -87.33, x)
+    n = tl.floor(clamped * 1.44269504088896341 + 0.5)
+    # ln 2 in two parts, so that n · ln 2 is exact enough for |n| ≤ 126.
+    r = (clamped - n * 0.693359375) + n * 2.12194440e-4
+    p = 1.9875691500e-4 * r + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    power = (tl.where(n == n, n, 0.0).to(tl.int32) + 127) << 23
+    scaled = (p * r * r + r + 1.0) * power.to(tl.float32, bitcast=True)
+    return tl.where(x < -87.33, 0.0, scaled)
+
+
+@triton.jit
+def _log1p_unit(x):
+    """log1p(x) for x in [0, 1] within 2 ulp: 2 atanh(s), s = x / (2 + x), where nothing cancels.
+
+    The polynomial is the Chebyshev fit of degree 4 to (atanh(s) / s - 1) / s² on s ≤ 1/3.
+    """
+    s = x / (2.0 + x)
+    z = s * s
+    p = 1.16195251e-1 * z + 1.08516575e-1
+    p = p * z + 1.42962917e-1
+    p = p * z + 1.99998507e-1
+    p = p * z + 3.33333337e-1
+    return 2.0 * s + 2.0 * s * (z * p)
+
+
+@triton.jit
+def _evaluate(x, anchor, FORM: tl.constexpr):
+    """(f, f') at x. Comparisons with a NaN are false, and every false branch here passes it on."""
+    if FORM == "bce":
+        e = _exp_nonpositive(-tl.abs(x))
+        high = 1.0 / (1.0 + e)
+        low = e * high
+        value = tl.where(x > 0.0, x, 0.0) - anchor * x + _log1p_unit(e)
+        # sigmoid(x) - anchor would lose a confident, right answer's slope to cancellation.
+        slope = (1.0 - anchor) * tl.where(x < 0.0, low, high) - anchor * tl.where(x < 0.0, high, low)
+    elif FORM == "square":
+        value = (x - anchor) * (x - anchor)
+        slope = 2.0 * (x - anchor)
+    elif FORM == "linear":
+        value = anchor * x
+        slope = anchor + 0.0 * tl.zeros_like(x)
+    else:
+        margin = 1.0 + anchor * x
+        value = tl.where(margin < 0.0, 0.0, margin)
+        slope = tl.where(margin <= 0.0, 0.0, anchor)
+    return value, slope
+
+
+@triton.jit
+def _curvature(x, FORM: tl.constexpr):
+    """f'' at x: 0 almost everywhere for linear and hinge."""
+    if FORM == "bce":
+        e = _exp_nonpositive(-tl.abs(x))
+        high = 1.0 / (1.0 + e)
+        return e * high * high
+    elif FORM == "square":
+        return tl.full(x.shape, 2.0, tl.float32)
+    else:
+        return tl.zeros_like(x)
+
+
+@triton.jit
+def _load(base_ptr, offset, mask, VECTOR: tl.constexpr):
+    """float32; VECTOR 1 is a masked load, every other one is of a whole block."""
+    if VECTOR > 1:
+        return tl.load(wide(base_ptr, offset, VECTOR)).to(tl.float32)
+    else:
+        return tl.load(base_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(base_ptr, offset, value, mask, VECTOR: tl.constexpr):
+    if VECTOR > 1:
+        tl.store(wide(base_ptr, offset, VECTOR), value)
+    else:
+        tl.store(base_ptr + offset, value, mask=mask)
+
+
+@triton.jit
+def _sample_weight(weight_ptr, base, i, mask, per_sample):
+    """The weights of the samples of elements base + ``i``; the 64-bit division is of scalars."""
+    sample = base // per_sample
+    rest = (base - sample * per_sample).to(tl.int32) + i
+    return tl.load(weight_ptr + sample + rest // per_sample.to(tl.int32), mask=mask, other=0.0)
+
+
+@triton.jit
+def _forward_block(
+    x_ptr, y_ptr, weight_ptr, slopes_ptr, base, stop, per_sample, slope_start, anchor, cut, is_fake,
+    FORM: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """(w · f, 1 where the critic is right) of one block; stores the slopes."""
+    i = tl.arange(0, BLOCK)
+    offset = base + i
+    mask = offset < stop
+    x = _load(x_ptr, offset, mask, VECTOR)
+    if PAIRED:
+        x -= _load(y_ptr, offset, mask, VECTOR)
+    value, slope = _evaluate(x, anchor, FORM)
+    if slope_start >= 0:
+        _store(slopes_ptr, slope_start + offset, slope, mask, SLOPE_VECTOR)
+    if weight_ptr is not None:
+        value *= _sample_weight(weight_ptr, base, i, mask, per_sample)
+    right = tl.where(is_fake, x <= cut, x > cut)
+    return tl.where(mask, value, 0.0), (right & mask).to(tl.float32)
+
+
+@triton.jit
+def forward_kernel(
+    table_ptr,  # int64 [programs, FIELDS], then the first program of each entry and the end, then their elements
+    x_ptrs,  # tuple of ENTRIES maps: real ones, then fake ones
+    y_ptrs,  # tuple of ENTRIES maps to subtract, or None
+    weight_ptr,  # float32 [N] or None
+    factors,  # tuple of ENTRIES floats: map_scale / elements
+    real_anchor, fake_anchor, cut,
+    loss_ptr,  # float32
+    real_accuracy_ptr, fake_accuracy_ptr,  # float32 [maps]
+    slopes_ptr,  # float32 [elements of the entries that want them]
+    workspace_ptr,  # float32 [2, programs]
+    counter_ptr,  # int32, 0 before and after
+    ENTRIES: tl.constexpr, REALS: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Loss, accuracies and slopes of all maps; program p has the range of its record, the last one adds up."""
+    programs = tl.num_programs(0)
+    record_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    entry = tl.load(record_ptr)
+    start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)
+    per_sample, slope_start = tl.load(record_ptr + 4), tl.load(record_ptr + 5)
+    x_ptr = select_pointer(x_ptrs, entry, ENTRIES)
+    y_ptr = select_pointer(y_ptrs, entry, ENTRIES) if PAIRED else x_ptr
+    is_fake = entry >= REALS
+    anchor = tl.where(is_fake, fake_anchor, real_anchor)
+    total = tl.zeros([BLOCK], tl.float32)
+    hits = tl.zeros([BLOCK], tl.float32)
+    for base in range(start, whole, BLOCK):
+        value, right = _forward_block(
+            x_ptr, y_ptr, weight_ptr, slopes_ptr, base, stop, per_sample, slope_start, anchor, cut, is_fake,
+            FORM, PAIRED, BLOCK, VECTOR, SLOPE_VECTOR,
+        )  # fmt: skip
+        total += value
+        hits += right
+    for base in range(whole, stop, BLOCK):
+        value, right = _forward_block(
+            x_ptr, y_ptr, weight_ptr, slopes_ptr, base, stop, per_sample, slope_start, anchor, cut, is_fake,
+            FORM, PAIRED, BLOCK, 1, 1,
+        )  # fmt: skip
+        total += value
+        hits += right
+    tl.store(workspace_ptr + tl.program_id(0), tl.sum(total, 0))
+    tl.store(workspace_ptr + programs + tl.program_id(0), tl.sum(hits, 0))
+
+    if arrive(counter_ptr, programs):
+        first_ptr = table_ptr + programs * _FIELDS
+        loss = 0.0
+        for e in range(ENTRIES):
+            first, end = tl.load(first_ptr + e).to(tl.int32), tl.load(first_ptr + e + 1).to(tl.int32)
+            elements = tl.load(first_ptr + ENTRIES + 1 + e)
+            loss += select_number(factors, e, ENTRIES) * sum_range(workspace_ptr, first, end, 128)
+            # An empty map has no programs.
+            accuracy = sum_range(workspace_ptr + programs, first, end, 128) / tl.maximum(elements, 1).to(tl.float32)
+            if PAIRED:
+                tl.store(real_accuracy_ptr + e, accuracy)
+                tl.store(fake_accuracy_ptr + e, accuracy)
+            elif e < REALS:
+                tl.store(real_accuracy_ptr + e, accuracy)
+            else:
+                tl.store(fake_accuracy_ptr + e - REALS, accuracy)
+        tl.store(loss_ptr, loss)
+
+
+@triton.jit
+def _backward_block(
+    slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample, slope_start, factor,
+    PLUS: tl.constexpr, MINUS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, BLOCK)
+    offset = base + i
+    mask = offset < stop
+    gradient = factor * _load(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR)
+    if weight_ptr is not None:
+        gradient *= _sample_weight(weight_ptr, base, i, mask, per_sample)
+    if PLUS:
+        _store(plus_ptr, offset, gradient, mask, VECTOR)
+    if MINUS:
+        _store(minus_ptr, offset, -gradient, mask, VECTOR)
+
+
+@triton.jit
+def backward_kernel(
+    table_ptr,  # int64 [programs, FIELDS]
+    slopes_ptr,
+    weight_ptr,
+    factors,
+    grad_loss_ptr,
+    plus_ptrs,  # tuple of ENTRIES gradients of x, or None
+    minus_ptrs,  # those of what a pairing subtracts, or None
+    ENTRIES: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    SLOPE_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """gradient = ± factor · w · grad_loss · slope of all maps that want one."""
+    record_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    entry = tl.load(record_ptr)
+    start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)
+    per_sample, slope_start = tl.load(record_ptr + 4), tl.load(record_ptr + 5)
+    plus_ptr = select_pointer(plus_ptrs, entry, ENTRIES) if PLUS else slopes_ptr
+    minus_ptr = select_pointer(minus_ptrs, entry, ENTRIES) if MINUS else slopes_ptr
+    factor = select_number(factors, entry, ENTRIES) * tl.load(grad_loss_ptr)
+    for base in range(start, whole, BLOCK):
+        _backward_block(
+            slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample, slope_start, factor,
+            PLUS, MINUS, BLOCK, VECTOR, SLOPE_VECTOR,
+        )  # fmt: skip
+    for base in range(whole, stop, BLOCK):
+        _backward_block(
+            slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample, slope_start, factor,
+            PLUS, MINUS, BLOCK, 1, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _second_block(
+    x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample,
+    slope_start, factor, grad_loss,
+    FORM: tl.constexpr, PAIRED: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """factor · w · cotangent · f'; stores the gradients of one block."""
+    i = tl.arange(0, BLOCK)
+    offset = base + i
+    mask = offset < stop
+    x = _load(x_ptr, offset, mask, VECTOR)
+    if PAIRED:
+        x -= _load(y_ptr, offset, mask, VECTOR)
+    seen = tl.zeros([BLOCK], tl.float32)
+    if PLUS:
+        seen += _load(plus_in_ptr, offset, mask, VECTOR)
+    if MINUS:
+        seen -= _load(minus_in_ptr, offset, mask, VECTOR)
+    seen *= factor
+    if weight_ptr is not None:
+        seen *= _sample_weight(weight_ptr, base, i, mask, per_sample)
+    gradient = grad_loss * seen * _curvature(x, FORM)
+    if PLUS:
+        _store(plus_ptr, offset, gradient, mask, VECTOR)
+    if MINUS:
+        _store(minus_ptr, offset, -gradient, mask, VECTOR)
+    return tl.where(mask, seen * _load(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR), 0.0)
+
+
+@triton.jit
+def second_kernel(
+    table_ptr,  # int64 [programs, FIELDS]
+    x_ptrs, y_ptrs, plus_in_ptrs, minus_in_ptrs,  # tuples of ENTRIES: x, what is subtracted, the cotangents of both
+    slopes_ptr,
+    weight_ptr,
+    factors,
+    grad_loss_ptr,
+    plus_ptrs, minus_ptrs,
+    grad_grad_loss_ptr,  # float32
+    workspace_ptr,  # float32 [programs]
+    counter_ptr,
+    ENTRIES: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The gradient of backward_kernel: by its maps, factor · w · grad_loss · cotangent · f''; by grad_loss, a sum."""
+    record_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    entry = tl.load(record_ptr)
+    start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)
+    per_sample, slope_start = tl.load(record_ptr + 4), tl.load(record_ptr + 5)
+    x_ptr = select_pointer(x_ptrs, entry, ENTRIES)
+    y_ptr = select_pointer(y_ptrs, entry, ENTRIES) if PAIRED else x_ptr
+    plus_in_ptr = select_pointer(plus_in_ptrs, entry, ENTRIES) if PLUS else x_ptr
+    minus_in_ptr = select_pointer(minus_in_ptrs, entry, ENTRIES) if MINUS else x_ptr
+    plus_ptr = select_pointer(plus_ptrs, entry, ENTRIES) if PLUS else x_ptr
+    minus_ptr = select_pointer(minus_ptrs, entry, ENTRIES) if MINUS else x_ptr
+    factor = select_number(factors, entry, ENTRIES)
+    grad_loss = tl.load(grad_loss_ptr)
+    total = tl.zeros([BLOCK], tl.float32)
+    for base in range(start, whole, BLOCK):
+        total += _second_block(
+            x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop,
+            per_sample, slope_start, factor, grad_loss, FORM, PAIRED, PLUS, MINUS, BLOCK, VECTOR, SLOPE_VECTOR,
+        )  # fmt: skip
+    for base in range(whole, stop, BLOCK):
+        total += _second_block(
+            x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop,
+            per_sample, slope_start, factor, grad_loss, FORM, PAIRED, PLUS, MINUS, BLOCK, 1, 1,
+        )  # fmt: skip
+    tl.store(workspace_ptr + tl.program_id(0), tl.sum(total, 0))
+    if arrive(counter_ptr, tl.num_programs(0)):
+        tl.store(grad_grad_loss_ptr, sum_range(workspace_ptr, 0, tl.num_programs(0), 128))
