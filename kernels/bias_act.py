@@ -30,6 +30,7 @@ def bias_act_kernel(
     gain,
     clamp,
     ACT: tl.constexpr,
+    ONE_CHANNEL: tl.constexpr,  # BLOCK divides inner: a program has one channel
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -39,7 +40,10 @@ def bias_act_kernel(
     mask = e < size
     z = tl.load(x_ptr + e, mask=mask, other=0.0).to(tl.float32)
     if b_ptr is not None:
-        z += tl.load(b_ptr + e // inner % channels, mask=mask, other=0.0)
+        if ONE_CHANNEL:
+            z += tl.load(b_ptr + pid // (inner // BLOCK) % channels)
+        else:
+            z += tl.load(b_ptr + e // inner % channels, mask=mask, other=0.0)
     y = activate(z, ACT, alpha, gain, clamp)
     tl.store(y_ptr + e, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -55,7 +59,8 @@ def plan(
     inner = 1 if b is None or not x.is_contiguous() else x.stride(dim)
     arguments = {"x_ptr": x, "b_ptr": b, "y_ptr": y, "size": x.numel(), "inner": inner}
     arguments |= {"channels": 1 if b is None else b.numel(), "alpha": alpha, "gain": gain, "clamp": clamp}
-    constants = {"ACT": act, "WIDE": x.numel() + _BLOCK > 2**31 - 1, "BLOCK": _BLOCK}
+    constants = {"ACT": act, "ONE_CHANNEL": inner % _BLOCK == 0, "WIDE": x.numel() + _BLOCK > 2**31 - 1}
+    constants["BLOCK"] = _BLOCK
     return y, Launch(
         bias_act_kernel,
         (ceil_div(x.numel(), _BLOCK),),

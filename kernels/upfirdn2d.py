@@ -43,7 +43,7 @@ def tap_factor(
     SEPARABLE: tl.constexpr,
     FLIP: tl.constexpr,
 ):
-    """The filter at (tap_h, tap_w) of a correlation, 0 beyond its end."""
+    """The filter at (tap_h, tap_w) of a correlation, scalars; 0 beyond its end."""
     inside = (tap_h < TAPS_H) & (tap_w < TAPS_W)
     if not FLIP:
         tap_h, tap_w = TAPS_H - 1 - tap_h, TAPS_W - 1 - tap_w
@@ -51,7 +51,7 @@ def tap_factor(
         f = tl.load(f_ptr + tap_h, mask=inside, other=0.0) * tl.load(f_ptr + tap_w, mask=inside, other=0.0)
     else:
         f = tl.load(f_ptr + tap_h * TAPS_W + tap_w, mask=inside, other=0.0)
-    return f, inside
+    return f
 
 
 @triton.jit
@@ -82,26 +82,22 @@ def add_tap(
 ):
     """acc plus the filter's tap number ``step``, of those that meet pixels, times the pixels that it meets."""
     PER_ROW: tl.constexpr = (TAPS_W + UP_W - 1) // UP_W
-    # With UP 1 the tap is the same for all pixels, and a scalar.
-    tap_h, tap_w = step // PER_ROW * UP_H, step % PER_ROW * UP_W
-    if UP_H > 1:
-        tap_h = first_h + tap_h
-    if UP_W > 1:
-        tap_w = first_w + tap_w
+    row, column = step // PER_ROW * UP_H, step % PER_ROW * UP_W
+    tap_h, tap_w = row + first_h, column + first_w
     h, w = (out_h * DOWN_H + tap_h - pad_h) // UP_H, (out_w * DOWN_W + tap_w - pad_w) // UP_W
-    inside = (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-    if f_ptr is not None:
-        f, in_filter = tap_factor(f_ptr, tap_h, tap_w, TAPS_H, TAPS_W, SEPARABLE, FLIP)
-        inside = inside & in_filter
-    else:
-        inside = inside & (tap_h < TAPS_H) & (tap_w < TAPS_W)
+    inside = (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w) & (tap_h < TAPS_H) & (tap_w < TAPS_W)
     at = (h * x_stride_h + w * x_stride_w)[:, None]
     x = tl.load(x_row + at, mask=inside[:, None] & channels, other=0.0).to(tl.float32)
     if f_ptr is None:
         return acc + x
     if UP_H == 1 and UP_W == 1:
-        return acc + x * f
-    return acc + x * f[:, None]
+        return acc + x * tap_factor(f_ptr, row, column, TAPS_H, TAPS_W, SEPARABLE, FLIP)
+    # A choice between UP_H · UP_W scalars: cheaper than as many addresses as there are pixels.
+    factor = tl.zeros(first_h.shape, tl.float32)
+    for phase in tl.static_range(UP_H * UP_W):
+        f = tap_factor(f_ptr, row + phase // UP_W, column + phase % UP_W, TAPS_H, TAPS_W, SEPARABLE, FLIP)
+        factor = tl.where((first_h == phase // UP_W) & (first_w == phase % UP_W), f, factor)
+    return acc + x * factor[:, None]
 
 
 @triton.jit
