@@ -61,7 +61,7 @@ gpu-report: setup
 # docs/ops.md from what the tests did: op, backend, dtype, order.
 ops-table: setup
 	rm -rf build/ops
-	FASTGAN_RECORD_OPS=build/ops $(BIN)/python -m pytest -k "not committed_table" $(ARGS)
+	FASTGAN_RECORD_OPS=$(CURDIR)/build/ops $(BIN)/python -m pytest -k "not committed_table" $(ARGS)
 	$(BIN)/python tests/ops_table.py build/ops
 
 # After an edit of csrc/ this is faster than the reinstallation that the other targets would do.

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from fastgan.kernels._launch import Launch
-from torch import Tensor
 
 
 @triton.jit
@@ -94,7 +93,3 @@ def broken_kernel(x_ptr, BLOCK: tl.constexpr):
 
 def broken() -> Launch:
     return Launch(broken_kernel, (1,), {"x_ptr": torch.empty(64, device="meta")}, {"BLOCK": 64})
-
-
-def tensors(launch: Launch) -> list[Tensor]:
-    return [x for x in launch.arguments.values() if isinstance(x, Tensor)]

@@ -116,6 +116,12 @@ class _Address:
         return 0
 
 
+def _stand_in(argument: Any) -> Any:
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_stand_in, argument))
+    return _Address(argument) if isinstance(argument, Tensor) else argument
+
+
 def specialise(launch: Launch, arch: int) -> Job:
     """What Triton's JIT would compile for ``launch`` on architecture ``arch`` (80 is sm_80).
 
@@ -133,7 +139,7 @@ def specialise(launch: Launch, arch: int) -> Job:
     kernel = launch.kernel
     reference = Reference.of(kernel)
     backend = make_backend(GPUTarget("cuda", arch, 32))
-    arguments = {name: _Address(x) if isinstance(x, Tensor) else x for name, x in launch.arguments.items()}
+    arguments = {name: _stand_in(x) for name, x in launch.arguments.items()}
     keywords = {**arguments, **launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     # What JITFunction.run adds before it binds.
     keywords |= {"debug": bool(kernel.debug), "instrumentation_mode": ""}

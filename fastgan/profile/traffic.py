@@ -122,6 +122,6 @@ class _Watch(TorchDispatchMode):
 
 
 def _of_launch(launch: Launch) -> Kernel:
-    tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
+    tensors = [x for x in tree_leaves(dict(launch.arguments)) if isinstance(x, Tensor)]
     dtype = max(tensors, key=lambda x: x.numel()).dtype if tensors else torch.float32
     return Kernel(launch.kernel.__name__, launch.bytes, launch.flops, dtype, launch)
