@@ -213,6 +213,10 @@ def test_product_spelt_out_is_found() -> None:
 def test_scalar_load_is_found() -> None:
     launch = gpu_kernels.copy(step=0)
     assert kinds(launch, compiled(launch)) == {"scalar load"}
+    # A table that is smaller than what is read of it is no stream.
+    table = gpu_kernels.copy(step=0)
+    arguments = {**table.arguments, "x_ptr": torch.empty(512, dtype=torch.float16, device="meta")}
+    assert not check("a launch", dataclasses.replace(table, arguments=arguments), compiled(table))
     # The same code is right where the data allow no more.
     odd = gpu_kernels.copy(step=0, offset=3)
     assert not check("a launch", odd, compiled(odd))

@@ -87,14 +87,16 @@ def _beyond_cuda_cores(launch: Launch, arch: int) -> bool:
 def _loads(launch: Launch, result: Compiled) -> Iterator[tuple[str, str]]:
     """Tiles that are read element by element where every thread could read 128 bits at once.
 
-    Less than that is not asked for: Triton knows of a stride only whether 16 divides it.
+    Less than that is not asked for: Triton knows of a stride only whether 16 divides it. A tensor with fewer elements
+    than the tile is a table that is looked up (a slope or a weight per sample), not a stream.
     """
     for tile in result.tiles:
         tensors = [launch.arguments.get(name) for name in tile.arguments]
         if not tensors or not all(isinstance(x, Tensor) for x in tensors):
             continue
         several = tile.elements >= 2 * 32 * result.warps
-        if tile.scalar and several and min(map(vector_bits, tensors)) == 128:
+        streamed = all(x.numel() >= tile.elements for x in tensors)
+        if tile.scalar and several and streamed and min(map(vector_bits, tensors)) == 128:
             names = "/".join(tile.arguments)
             yield (
                 "scalar load",
