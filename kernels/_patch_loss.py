@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgan.kernels._reduce import arrive, select_number, select_pointer, sum_range, wide
+from fastgan.kernels._reduce import arrive, load_block, select_number, select_pointer, store_block, sum_range
 
 # The table: per program entry, first element, end, end of whole aligned blocks, elements per sample, where the slopes
 # of its entry start (-1: nobody wants them).
@@ -95,23 +95,6 @@ def _curvature(x, FORM: tl.constexpr):
 
 
 @triton.jit
-def _load(base_ptr, offset, mask, VECTOR: tl.constexpr):
-    """float32; VECTOR 1 is a masked load, every other one is of a whole block."""
-    if VECTOR > 1:
-        return tl.load(wide(base_ptr, offset, VECTOR)).to(tl.float32)
-    else:
-        return tl.load(base_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(base_ptr, offset, value, mask, VECTOR: tl.constexpr):
-    if VECTOR > 1:
-        tl.store(wide(base_ptr, offset, VECTOR), value)
-    else:
-        tl.store(base_ptr + offset, value, mask=mask)
-
-
-@triton.jit
 def _sample_weight(weight_ptr, base, i, mask, per_sample):
     """The weights of the samples of elements base + ``i``; the 64-bit division is of scalars."""
     sample = base // per_sample
@@ -128,12 +111,12 @@ def _forward_block(
     i = tl.arange(0, BLOCK)
     offset = base + i
     mask = offset < stop
-    x = _load(x_ptr, offset, mask, VECTOR)
+    x = load_block(x_ptr, offset, mask, VECTOR)
     if PAIRED:
-        x -= _load(y_ptr, offset, mask, VECTOR)
+        x -= load_block(y_ptr, offset, mask, VECTOR)
     value, slope = _evaluate(x, anchor, FORM)
     if slope_start >= 0:
-        _store(slopes_ptr, slope_start + offset, slope, mask, SLOPE_VECTOR)
+        store_block(slopes_ptr, slope_start + offset, slope, mask, SLOPE_VECTOR)
     if weight_ptr is not None:
         value *= _sample_weight(weight_ptr, base, i, mask, per_sample)
     right = tl.where(is_fake, x <= cut, x > cut)
@@ -212,13 +195,13 @@ def _backward_block(
     i = tl.arange(0, BLOCK)
     offset = base + i
     mask = offset < stop
-    gradient = factor * _load(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR)
+    gradient = factor * load_block(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR)
     if weight_ptr is not None:
         gradient *= _sample_weight(weight_ptr, base, i, mask, per_sample)
     if PLUS:
-        _store(plus_ptr, offset, gradient, mask, VECTOR)
+        store_block(plus_ptr, offset, gradient, mask, VECTOR)
     if MINUS:
-        _store(minus_ptr, offset, -gradient, mask, VECTOR)
+        store_block(minus_ptr, offset, -gradient, mask, VECTOR)
 
 
 @triton.jit
@@ -264,23 +247,23 @@ def _second_block(
     i = tl.arange(0, BLOCK)
     offset = base + i
     mask = offset < stop
-    x = _load(x_ptr, offset, mask, VECTOR)
+    x = load_block(x_ptr, offset, mask, VECTOR)
     if PAIRED:
-        x -= _load(y_ptr, offset, mask, VECTOR)
+        x -= load_block(y_ptr, offset, mask, VECTOR)
     seen = tl.zeros([BLOCK], tl.float32)
     if PLUS:
-        seen += _load(plus_in_ptr, offset, mask, VECTOR)
+        seen += load_block(plus_in_ptr, offset, mask, VECTOR)
     if MINUS:
-        seen -= _load(minus_in_ptr, offset, mask, VECTOR)
+        seen -= load_block(minus_in_ptr, offset, mask, VECTOR)
     seen *= factor
     if weight_ptr is not None:
         seen *= _sample_weight(weight_ptr, base, i, mask, per_sample)
     gradient = grad_loss * seen * _curvature(x, FORM)
     if PLUS:
-        _store(plus_ptr, offset, gradient, mask, VECTOR)
+        store_block(plus_ptr, offset, gradient, mask, VECTOR)
     if MINUS:
-        _store(minus_ptr, offset, -gradient, mask, VECTOR)
-    return tl.where(mask, seen * _load(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR), 0.0)
+        store_block(minus_ptr, offset, -gradient, mask, VECTOR)
+    return tl.where(mask, seen * load_block(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR), 0.0)
 
 
 @triton.jit

@@ -196,15 +196,14 @@ def plan_sigma(
     dims: Sequence[int],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:  # fmt: skip
     """The results (σ, u, v) of a call, still unwritten, and the launches that write them: one per iteration, at least
-    one.
+    one. The launches know the arguments by their addresses only: the caller keeps them alive until they have run.
+
+    Args:
+        weights: each with columns of at most two strides, see :func:`_matrix`.
+        us, vs: contiguous.
     """
     read = n_iter == 0
     hook = hook and not read
-    weights = [
-        w if _matrix(w.shape, w.stride(), dim) is not None else w.contiguous()
-        for w, dim in zip(weights, dims, strict=True)
-    ]
-    us, vs = [u.contiguous() for u in us], [v.contiguous() for v in vs]
     device = weights[0].device
 
     def make() -> _Plan:
@@ -249,6 +248,11 @@ def spectral_sigma(
     spans = [sum(s * (n - 1) for s, n in zip(w.stride(), w.shape, strict=True)) for w in weights]
     if weights[0].dtype not in ELEMENT_TYPES or max(spans) > _LARGEST:
         return NotImplemented
+    weights = [
+        w if _matrix(w.shape, w.stride(), dim) is not None else w.contiguous()
+        for w, dim in zip(weights, dims, strict=True)
+    ]
+    us, vs = [u.contiguous() for u in us], [v.contiguous() for v in vs]
     results, launches = plan_sigma(weights, us, vs, n_iter, hook, eps, dims)
     for launch in launches:
         launch.run()

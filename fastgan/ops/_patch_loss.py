@@ -222,14 +222,25 @@ _forward = _library.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward_plain,
     fake=_forward_fake,
+    triton="patch_loss.patch_loss",
 )
 _SETTING = (
     "Tensor grad_loss, Tensor slopes, Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, "
     "bool paired, bool real_slopes, bool fake_slopes"
 )
-_bwd = _library.define("patch_loss_bwd", f"({_SETTING}) -> Tensor[]", fallback=_bwd_plain, fake=_bwd_fake)
+_bwd = _library.define(
+    "patch_loss_bwd",
+    f"({_SETTING}) -> Tensor[]",
+    fallback=_bwd_plain,
+    fake=_bwd_fake,
+    triton="patch_loss.patch_loss_bwd",
+)
 _bwd_bwd = _library.define(
-    "patch_loss_bwd_bwd", f"(Tensor[] cotangents, {_SETTING}) -> Tensor[]", fallback=_bwd_bwd_plain, fake=_bwd_bwd_fake
+    "patch_loss_bwd_bwd",
+    f"(Tensor[] cotangents, {_SETTING}) -> Tensor[]",
+    fallback=_bwd_bwd_plain,
+    fake=_bwd_bwd_fake,
+    triton="patch_loss.patch_loss_bwd_bwd",
 )
 
 

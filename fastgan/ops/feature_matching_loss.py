@@ -14,7 +14,7 @@ from fastgan.ops._library import define
 from fastgan.reference.feature_matching_loss import feature_matching_loss as reference
 
 _NAME = "feature_matching_loss"
-_CAN_RUN = {"cpp": backends.cpp_can_run, "reference": backends.always}
+_CAN_RUN = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 _SIGN_BLOCK, _SIGN_WORDS = 256, 16  # csrc/cpu/feature_matching_loss.cpp packs the signs of 256 values in 16 words
 
 Maps = Tensor | Sequence[Tensor]
@@ -45,7 +45,7 @@ def feature_matching_loss(
         map_weight: [maps], a factor per map, constant; floats, or a tensor (reading one waits for its device).
         mask: weights >= 0, constant, broadcastable to [N, 1, ...] of its map, any floating dtype or bool; a tensor for
             all maps of one size, or a list. A mask of zeros gives the loss 0 and zero gradients.
-        backend: "cpp" or "reference"; None chooses.
+        backend: "triton", "cpp" or "reference"; None chooses.
 
     Returns:
         0-dim, float32 (float64 for float64 maps). A NaN in a feature makes it NaN; an empty map (N = 0) contributes 0.
@@ -336,6 +336,7 @@ _forward = define(
     fake=_forward_fake,
     setup_context=_setup_forward,
     backward=_backward,
+    triton="feature_matching_loss.feature_matching_loss",
 )
 _SETTING = (
     "Tensor grad_loss, Tensor signs, Tensor factors, Tensor[] fake, Tensor[] real, Tensor[] masks, str kind, "
@@ -348,6 +349,7 @@ _bwd = define(
     fake=_bwd_fake,
     setup_context=_setup_bwd,
     backward=_bwd_backward,
+    triton="feature_matching_loss.feature_matching_loss_bwd",
 )
 _bwd_bwd = define(
     f"{_NAME}_bwd_bwd",
@@ -356,4 +358,5 @@ _bwd_bwd = define(
     fake=_bwd_bwd_fake,
     setup_context=_setup_bwd_bwd,
     backward=_no_third_order,
+    triton="feature_matching_loss.feature_matching_loss_bwd_bwd",
 )

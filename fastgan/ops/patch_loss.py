@@ -32,7 +32,7 @@ class PatchLoss(NamedTuple):
     fake_accuracy: Tensor | None
 
 
-_CAN_RUN = {"cpp": backends.cpp_can_run, "reference": backends.always}
+_CAN_RUN = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 Maps = Tensor | Sequence[Tensor] | None
 
@@ -85,7 +85,7 @@ def patch_loss(
         map_weight: [maps], a factor on each map's terms, constant; floats, or a tensor (reading one waits for its
             device).
         paired: compare real and fake by index (relativistic).
-        backend: "cpp" or "reference"; None chooses.
+        backend: "triton", "cpp" or "reference"; None chooses.
 
     Returns:
         :class:`PatchLoss`. Accuracies are the critic's on either side, and not differentiable: real is right above the

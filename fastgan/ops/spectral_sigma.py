@@ -14,7 +14,7 @@ from fastgan.ops._library import define
 from fastgan.reference import spectral_sigma as reference
 
 _NAME = "spectral_sigma"
-_CAN_RUN = {"cpp": backends.cpp_can_run, "reference": backends.always}
+_CAN_RUN = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
 def spectral_sigma(
@@ -35,7 +35,8 @@ def spectral_sigma(
     (torch.nn.utils.spectral_norm); n(x) = x / max(‖x‖, eps). The weight's matrix W [rows, columns] has axis ``dim`` as
     rows and the other axes, in their order, as columns. The C++ backend reads each weight once per iteration, in the
     layout it has (contiguous, channels_last or strided: nothing is copied as a whole), and its results do not depend on
-    the number of threads.
+    the number of threads. The Triton backend does an iteration of all layers in one launch (kernels/spectral_sigma.py
+    says what it copies); its results are the same bits at every call.
 
     Args:
         weights: one tensor per layer, of any rank ≥ 2 and any shapes, all of one dtype (float64, float32, bfloat16,
@@ -278,6 +279,7 @@ _sigma_bwd = define(
     fake=_bwd_fake,
     setup_context=_bwd_setup_context,
     backward=_bwd_backward,
+    triton="spectral_sigma.spectral_sigma_bwd",
 )
 _sigma = define(
     "spectral_sigma",
@@ -287,6 +289,7 @@ _sigma = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="spectral_sigma.spectral_sigma",
 )
 _known = define(
     "spectral_sigma_known",

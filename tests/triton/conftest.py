@@ -1,0 +1,67 @@
+"""Tests of the Triton kernels under Triton's interpreter, which runs their programs one after the other in NumPy.
+
+What it cannot show: rounding of tensor cores (TF32, bfloat16), races between programs, and anything that a compiler
+does. Programs are run in shuffled order to show that no result depends on which one is the last.
+
+These tests need a process of their own, with TRITON_INTERPRET=1 from its start: tests/test_triton_interpreted.py.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError(
+        "tests/triton runs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts, or run "
+        "tests/test_triton_interpreted.py, which does"
+    )
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Uninitialised tensors hold NaN, seeds are fixed."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def shuffled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``shuffled(seed)``: from now on the interpreter runs the programs of one-dimensional grids in another order."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    set_grid_idx, set_grid_dim = builder.set_grid_idx, builder.set_grid_dim
+    order: list[int] = []
+
+    def shuffle(seed: int) -> None:
+        shuffler = random.Random(seed)
+
+        def grid_dim(nx: int, ny: int, nz: int) -> None:
+            order[:] = range(nx)
+            shuffler.shuffle(order)
+            set_grid_dim(nx, ny, nz)
+
+        def grid_idx(x: int, y: int, z: int) -> None:
+            set_grid_idx(order[x], y, z)
+
+        monkeypatch.setattr(builder, "set_grid_dim", grid_dim)
+        monkeypatch.setattr(builder, "set_grid_idx", grid_idx)
+
+    return shuffle
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Any]]:
+    """The launches that the test has run so far."""
+    from fastgan.kernels._launch import recorded
+
+    with recorded() as found:
+        yield found
