@@ -4,20 +4,22 @@
 #   PYTHON   the Python (3.10 or later) that makes it
 #   STEPS    stop the quickstart after so many steps, not after three minutes
 #   OUT      where the quickstart writes
-#   ARGS     further arguments of quickstart, test and bench, for example ARGS="--data photos" or ARGS="-k patch_loss"
+#   GPU_OUT  where gpu-check writes
+#   ARGS     further arguments of quickstart, test, bench and the GPU's two, for example ARGS="--data photos" or ARGS="-k patch_loss"
 
 VENV ?= .venv
 PYTHON ?= python3
 STEPS ?=
 OUT ?= quickstart
 ARGS ?=
+GPU_OUT ?= gpu-check.json
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastgan-installed
 TORCH_STAMP := $(VENV)/.torch-installed
 CXX_SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup quickstart test lint bench gpu-check build clean
+.PHONY: setup quickstart test lint bench gpu-check gpu-report ops-table build clean
 
 setup: $(STAMP)
 
@@ -47,11 +49,20 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
+# On a machine with a GPU: every parity test of the Triton kernels on it, every bench; one JSON and one Markdown.
 gpu-check: setup
 	@$(BIN)/fastgan doctor
-	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check: torch sees no CUDA device here, so nothing was checked. Run this on a machine with an NVIDIA GPU.')"
-	@echo "gpu-check: fastgan has no GPU kernels yet; this runs the tests, those that need a GPU included."
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m bench.gpu_check --out $(GPU_OUT) $(ARGS)
+
+# Needs no GPU: compiles the Triton kernels for every architecture, reads the code, models traffic, predicts rooflines.
+gpu-report: setup
+	$(BIN)/fastgan gpu-report --out docs/gpu-report.md $(ARGS)
+
+# docs/ops.md from what the tests did: op, backend, dtype, order.
+ops-table: setup
+	rm -rf build/ops
+	FASTGAN_RECORD_OPS=$(CURDIR)/build/ops $(BIN)/python -m pytest -k "not committed_table" $(ARGS)
+	$(BIN)/python tests/ops_table.py build/ops
 
 # After an edit of csrc/ this is faster than the reinstallation that the other targets would do.
 build:

@@ -35,7 +35,7 @@ def all_cases() -> list[Case]:
     return found
 
 
-def measure_case(case: Case, seconds: float, compiled: bool) -> Iterator[dict[str, Any]]:
+def measure_case(case: Case, seconds: float, compiled: bool, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """The rows of one case: every pass by every candidate, and by torch.compile of the baseline if ``compiled``."""
     candidates = {name: case.passes(name) for name in case.candidates}
     if compiled:
@@ -43,17 +43,17 @@ def measure_case(case: Case, seconds: float, compiled: bool) -> Iterator[dict[st
         # torch refuses second order through a compiled function.
         twin = Case(case.op, case.name, case.inputs, {"compile": function})
         candidates["compile"] = twin.passes("compile")
-    limits = latency.machine_limits()
+    limits = latency.machine_limits(device)
     for which in case.pass_names:
         functions = {name: found[which] for name, found in candidates.items() if which in found}
-        timings = latency.measure(functions, seconds=seconds)
+        timings = latency.measure(functions, seconds=seconds, device=device)
         work = case.work.get(which)
         for name, timing in timings.items():
             row: dict[str, Any] = {"op": case.op, "case": case.name, "layout": case.layout, "dtype": case.dtype}
             row |= {"pass": which, "candidate": name, "n": timing.n, "calls": timing.calls}
             row |= {f"{part}_ms": getattr(timing, part) * 1e3 for part in ("median", "p20", "p80")}
             row["speedup"] = latency.speedup(timings, name, BASELINE)
-            row["peak_bytes"] = latency.peak_memory(functions[name])
+            row["peak_bytes"] = latency.peak_memory(functions[name], device)
             yield row | (latency.throughput(timing, work, limits) if work else {})
 
 

@@ -16,6 +16,10 @@ import fastgan
 # Subcommand -> (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("fastgan.doctor", "print versions, devices and which backends are available"),
+    "gpu-report": (
+        "fastgan.profile.gpu_report",
+        "compile the Triton kernels for GPUs that need not be here; read, model, predict",
+    ),
     "quickstart": ("fastgan.quickstart", "train a small sketch-to-photo generator here and measure the fused layers"),
 }
 

@@ -39,10 +39,13 @@ class Launch:
         """Launch on the device of the tensors; asynchronous there, as every CUDA launch."""
         if _recording:
             _recording[-1].append(self)
+        if _planning:
+            return
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 _recording: list[list[Launch]] = []
+_planning = 0
 
 
 @contextlib.contextmanager
@@ -54,3 +57,15 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recording.remove(launches)
+
+
+@contextlib.contextmanager
+def planned() -> Iterator[list[Launch]]:
+    """As :func:`recorded`, but nothing runs: what launchers would launch, on tensors that have no memory."""
+    global _planning
+    _planning += 1
+    try:
+        with recorded() as launches:
+            yield launches
+    finally:
+        _planning -= 1

@@ -16,6 +16,10 @@ from torch import Tensor
 from fastgan._native import TRITON_INTERPRETED
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
+# Op -> its Triton kernel, for who plans launches where no GPU is.
+TRITON_KERNELS: dict[str, TritonKernel] = {}
+# Op -> plain torch, for who counts what stands in for a missing kernel.
+FALLBACKS: dict[str, Callable[..., Any]] = {}
 
 
 def define(
@@ -49,8 +53,10 @@ def define(
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    FALLBACKS[name] = fallback
     if triton is not None:
-        LIBRARY.impl(name, _TritonKernel(triton, fallback), "CPU" if TRITON_INTERPRETED else "CUDA")
+        TRITON_KERNELS[name] = TritonKernel(triton, fallback)
+        LIBRARY.impl(name, TRITON_KERNELS[name], "CPU" if TRITON_INTERPRETED else "CUDA")
     torch.library.register_fake(f"fastgan::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.fastgan, name).default
     _keep_autocast_out(op)
@@ -76,7 +82,7 @@ def define(
     )
 
 
-class _TritonKernel:
+class TritonKernel:
     """Calls a launcher of fastgan.kernels, which is imported, and Triton with it, on the first call."""
 
     def __init__(self, path: str, fallback: Callable[..., Any]) -> None:

@@ -37,10 +37,11 @@ def modulation_scales(
         float32.
     """
     wide = torch.float64 if torch.float64 in (weight.dtype, style.dtype) else torch.float32
-    weight, in_scale, out_scale = weight.to(wide), style.to(wide), None
+    in_scale, out_scale = style.to(wide), None
     # Under autocast the matrix product below would run in half precision.
     with full_precision(style):
         if demodulate:
+            weight = weight.to(wide)
             weight_scale, style_scale = prenormalization(weight, in_scale, prenormalize)
             in_scale = in_scale * style_scale
             energy = weight.square().sum((2, 3)) * weight_scale.square()

@@ -1,26 +1,23 @@
-"""Tests of the Triton kernels under Triton's interpreter, which runs their programs one after the other in NumPy.
+"""Tests of the Triton kernels under Triton's interpreter, which runs their programs one after the other in NumPy; the
+same tests run compiled where they are given a GPU (device.py says how).
 
-What it cannot show: rounding of tensor cores (TF32, bfloat16), races between programs, and anything that a compiler
-does. Programs are run in shuffled order to show that no result depends on which one is the last.
+What the interpreter cannot show: rounding of tensor cores (TF32, bfloat16), races between programs, and anything that
+a compiler does. Programs are run in shuffled order to show that no result depends on which one is the last.
 
-These tests need a process of their own, with TRITON_INTERPRET=1 from its start: tests/test_triton_interpreted.py.
+Interpreted tests need a process of their own, with TRITON_INTERPRET=1 from its start: tests/test_triton_interpreted.py.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from device import device, interpreted, on_device
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError(
-        "tests/triton runs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts, or run "
-        "tests/test_triton_interpreted.py, which does"
-    )
+__all__ = ["device", "on_device"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -56,14 +53,18 @@ def patched_once() -> Iterator[None]:
 def poisoned() -> Iterator[None]:
     """Uninitialised tensors hold NaN, seeds are fixed."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
+    # On a GPU some of torch's own operators, which the tests compare with, have no deterministic form.
+    torch.use_deterministic_algorithms(True, warn_only=not interpreted())
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def shuffled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """``shuffled(seed)``: from now on the interpreter runs the programs of one-dimensional grids in another order."""
+    """``shuffled(seed)``: from now on the interpreter runs the programs of one-dimensional grids in another order;
+    a GPU has its own."""
+    if not interpreted():
+        return lambda seed: None
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder

@@ -1,0 +1,254 @@
+"""Compiles planned launches of Triton kernels for architectures that are not here, and reads what came out.
+
+A launch is specialised with Triton's own functions, exactly as at a real launch: the types, which integers are 1,
+which numbers and addresses are divisible by 16. So what is compiled is what a GPU would run. Triton keeps its results
+on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import multiprocessing
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastgan.kernels._launch import Launch
+from fastgan.profile.devices import ARCHITECTURES
+from fastgan.profile.global_loads import TileLoad, tile_loads
+from fastgan.profile.machine_code import MachineCode, read
+
+# Of the code that reads machine code: another number makes what was read before be read again.
+_READER = 1
+_CACHED = "fastgan-compiled.pickle"
+_DOT = re.compile(r"tt\.dot(?:_scaled)? .* : tensor<[\dx]+x(\w+)[,>]")
+_PRECISION = re.compile(r"inputPrecision = (\w+)")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A ``@triton.jit`` function by name, to travel to another process."""
+
+    module: str
+    name: str
+
+    @staticmethod
+    def of(function: Any) -> Reference:
+        """The function's name; TypeError for what is none, an autotuner say: a launch names one configuration."""
+        from triton.runtime.jit import JITFunction
+
+        if not isinstance(function, JITFunction):
+            raise TypeError(f"Launch.kernel must be a @triton.jit function, got {type(function).__name__}")
+        return Reference(function.fn.__module__, function.fn.__qualname__)
+
+    def load(self) -> Any:
+        found: Any = importlib.import_module(self.module)
+        for part in self.name.split("."):
+            found = getattr(found, part)
+        return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides one compilation; two launches with the same ``key`` run the same machine code."""
+
+    kernel: Reference
+    arch: int
+    key: str
+    signature: Mapping[str, str] = field(compare=False)
+    constants: Mapping[tuple[int, ...], Any] = field(compare=False)
+    attributes: Mapping[tuple[int, ...], Any] = field(compare=False)
+    options: Mapping[str, Any] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel that was compiled.
+
+    Attributes:
+        kernel: its function's name.
+        arch: 80 is sm_80.
+        warps: per block, as compiled.
+        shared: bytes of shared memory per block, the system's part not counted.
+        code: what the machine code holds.
+        products: (element type, input precision) of its matrix products, for example ("f16", "tf32") (the precision
+            matters for f32 alone).
+        tiles: its tile loads.
+    """
+
+    kernel: str
+    arch: int
+    warps: int
+    shared: int
+    code: MachineCode
+    products: frozenset[tuple[str, str]]
+    tiles: tuple[TileLoad, ...]
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps as a share of what an SM holds; theoretical; 0 if the architecture cannot launch it."""
+        return ARCHITECTURES[self.arch].occupancy(self.code.registers, self.shared, self.warps)
+
+
+class _Address:
+    """Stands for a tensor where Triton looks at its type and its address.
+
+    Storage comes from torch's allocators, whose blocks begin at multiples of 512 bytes on CUDA, so the offset decides.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.offset = tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+    @staticmethod
+    def ptr_range() -> int:
+        return 0
+
+
+def _stand_in(argument: Any) -> Any:
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_stand_in, argument))
+    return _Address(argument) if isinstance(argument, Tensor) else argument
+
+
+def specialise(launch: Launch, arch: int) -> Job:
+    """What Triton's JIT would compile for ``launch`` on architecture ``arch`` (80 is sm_80).
+
+    Raises:
+        TypeError: the kernel is no jitted function, or an argument is of a type that Triton does not take.
+        RuntimeError: this process interprets Triton's kernels (TRITON_INTERPRET=1).
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it, in a process of its own")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    reference = Reference.of(kernel)
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    arguments = {name: _stand_in(x) for name, x in launch.arguments.items()}
+    keywords = {**arguments, **launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    # What JITFunction.run adds before it binds.
+    keywords |= {"debug": bool(kernel.debug), "instrumentation_mode": ""}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(**keywords)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    portable = {path: _portable(value) for path, value in constants.items()}
+    facts = (_READER, triton.__version__, reference, kernel.cache_key, arch, signature, portable, attributes)
+    text = repr((facts, sorted(parsed.__dict__.items())))
+    key = hashlib.sha256(text.encode()).hexdigest()
+    return Job(reference, arch, key, signature, portable, attributes, dict(parsed.__dict__))
+
+
+def _portable(value: Any) -> Any:
+    """A constant as what can be sent to another process and printed the same way every time."""
+    if isinstance(value, tuple):
+        return tuple(_portable(part) for part in value)
+    return Reference.of(value) if hasattr(value, "cache_key") else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_restored(part) for part in value)
+    return value.load() if isinstance(value, Reference) else value
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile one job in this process and read the result, or take what was read before from Triton's cache."""
+    from triton.runtime.cache import get_cache_manager
+
+    cache = get_cache_manager(job.key)
+    path = cache.get_file(_CACHED)
+    if path is not None:
+        return pickle.loads(Path(path).read_bytes())
+    compiled = _compile(job)
+    cache.put(pickle.dumps(compiled), _CACHED)
+    return compiled
+
+
+def _compile(job: Job) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {path: _restored(value) for path, value in job.constants.items()}
+    source = ASTSource(job.kernel.load(), dict(job.signature), constants, dict(job.attributes))
+    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+    code = read(compiled.asm["cubin"])
+    reserved = ARCHITECTURES[job.arch].shared_reserved
+    # From sm_90 on the code's own shared memory contains the system's part, before it does not.
+    static = max(0, code.static_shared - reserved)
+    return Compiled(
+        kernel=job.kernel.name,
+        arch=job.arch,
+        warps=compiled.metadata.num_warps,
+        shared=compiled.metadata.shared + static,
+        code=code,
+        products=frozenset(_products(compiled.asm["ttir"])),
+        tiles=tuple(tile_loads(compiled.asm["ttgir"], compiled.asm["ptx"])),
+    )
+
+
+def _products(ttir: str) -> Iterable[tuple[str, str]]:
+    for line in ttir.splitlines():
+        product = _DOT.search(line)
+        if product is not None:
+            precision = _PRECISION.search(line)
+            yield product.group(1), precision.group(1) if precision else "ieee"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that did not compile: Triton's or ptxas's own words."""
+
+    kernel: str
+    arch: int
+    message: str
+
+
+def compile_all(jobs: Iterable[Job], processes: int = 2) -> dict[str, Compiled | Failure]:
+    """Compile each job once, in parallel processes; key -> what came out. One failure does not stop the others."""
+    distinct = list({job.key: job for job in jobs}.values())
+    if processes <= 1 or len(distinct) <= 1:
+        return {job.key: _attempt(job) for job in distinct}
+    # Fresh processes: a fork would inherit torch's threads, locks and all.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(distinct)), mp_context=context) as pool:
+        return dict(zip([job.key for job in distinct], pool.map(_attempt, distinct, chunksize=4), strict=True))
+
+
+def _attempt(job: Job) -> Compiled | Failure:
+    try:
+        return compile_job(job)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises is this job's result, and is reported
+        return Failure(job.kernel.name, job.arch, f"{type(error).__name__}: {error}")
+
+
+def vector_bits(tensor: Tensor) -> int:
+    """The widest load, up to 128 bits, that ``tensor``'s memory allows everywhere along its dense dimension.
+
+    Its address, its other strides and the length of the dense dimension must be multiples of the load. A map
+    [N, C, H, W] in NCHW order allows one element: a window's taps shift the dense dimension by single pixels.
+    """
+    bits = 8 * tensor.element_size()
+    sizes_strides = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    dense = [size for size, stride in sizes_strides if stride == 1]
+    if not dense or (tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.stride(1) != 1):
+        return bits
+    steps = [tensor.storage_offset(), dense[0], *[stride for _, stride in sizes_strides if stride != 1]]
+    while bits < 128 and all(step * 8 * tensor.element_size() % (2 * bits) == 0 for step in steps):
+        bits *= 2
+    return bits

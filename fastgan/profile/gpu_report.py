@@ -1,0 +1,246 @@
+"""``fastgan gpu-report``: what the Triton kernels compile to and what they move, on GPUs that need not be here.
+
+Compiled code is read, traffic is *modelled* at launch boundaries, and times are *predicted* from datasheet peaks:
+nothing in the report was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgan.kernels
+from fastgan.kernels._launch import Launch
+from fastgan.profile import gpu_checks
+from fastgan.profile.compiled import Compiled, Failure, compile_all, specialise
+from fastgan.profile.devices import ARCHITECTURES, DEVICES, Device
+from fastgan.profile.gpu_layers import Layer, report_layers
+from fastgan.profile.traffic import Kernel, count
+
+# Before sm_80 Triton multiplies without tensor cores: such code is compiled and reported, but nothing is asked of it.
+GATED_FROM = 80
+CI_ARCHITECTURES = (80, 90)
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """What one layer moves: fused, and by plain torch's sequence."""
+
+    layer: Layer
+    fused: tuple[Kernel, ...]
+    eager: tuple[Kernel, ...]
+
+    @property
+    def launches(self) -> int:
+        """Launches of fastgan's kernels."""
+        return sum(kernel.launch is not None for kernel in self.fused)
+
+    @property
+    def others(self) -> int:
+        """Kernels of torch that the fused call still runs."""
+        return len(self.fused) - self.launches
+
+    def over_compulsory(self, kernels: Iterable[Kernel]) -> float:
+        """Modelled bytes as a multiple of those that any implementation moves."""
+        return sum(kernel.bytes for kernel in kernels) / self.layer.compulsory
+
+
+@dataclass
+class Report:
+    """Everything that the report says.
+
+    Attributes:
+        archs: the architectures, 80 is sm_80.
+        traffic: by layer.
+        code: (label, launch, arch, what it compiled to), distinct code once, under its first label.
+        findings: what is wrong.
+    """
+
+    archs: tuple[int, ...]
+    traffic: list[LayerTraffic] = field(default_factory=list)
+    code: list[tuple[str, Launch, int, Compiled | Failure]] = field(default_factory=list)
+    findings: list[gpu_checks.Finding] = field(default_factory=list)
+
+    @property
+    def gated(self) -> list[gpu_checks.Finding]:
+        """The findings that fail the report."""
+        return [finding for finding in self.findings if finding.arch >= GATED_FROM]
+
+
+def shipped_launches() -> Iterator[tuple[str, Launch]]:
+    """(label, launch) of what the modules of fastgan.kernels say they ship: their functions ``shipped()``."""
+    for module in pkgutil.iter_modules(fastgan.kernels.__path__):
+        if module.name.startswith("_"):
+            continue
+        shipped = getattr(importlib.import_module(f"fastgan.kernels.{module.name}"), "shipped", None)
+        for label, launches in shipped() if shipped is not None else ():
+            for index, launch in enumerate(launches):
+                suffix = f" ({index + 1} of {len(launches)})" if len(launches) > 1 else ""
+                yield f"{module.name}: {label}{suffix}", launch
+
+
+def layer_traffic(layers: Iterable[Layer]) -> list[LayerTraffic]:
+    """Count every layer, fused and by plain torch, without gradients."""
+    with torch.no_grad():
+        return [
+            LayerTraffic(layer, tuple(count(layer.fused, layer.inputs)), tuple(count(layer.eager, layer.inputs)))
+            for layer in layers
+        ]
+
+
+def compile_launches(
+    launches: Iterable[tuple[str, Launch, int]], processes: int = 2
+) -> tuple[list[tuple[str, Launch, int, Compiled | Failure]], list[gpu_checks.Finding]]:
+    """Compile the distinct code among (label, launch, architecture) and check every launch; -> (code, findings)."""
+    jobs = [(label, launch, specialise(launch, arch)) for label, launch, arch in launches]
+    results = compile_all([job for _, _, job in jobs], processes)
+    code: dict[str, tuple[str, Launch, int, Compiled | Failure]] = {}
+    findings: dict[tuple[str, str, str], gpu_checks.Finding] = {}
+    for label, launch, job in jobs:
+        result = results[job.key]
+        code.setdefault(job.key, (label, launch, job.arch, result))
+        for found in gpu_checks.check(label, launch, result):
+            findings.setdefault((job.key, found.kind, found.message), found)
+    return list(code.values()), list(findings.values())
+
+
+def in_turn(launches: Iterable[tuple[str, Launch]], archs: Sequence[int]) -> Iterator[tuple[str, Launch, int]]:
+    """Every distinct code once, for one of the architectures in turn: what CI has time for."""
+    seen: dict[str, int] = {}
+    for label, launch in launches:
+        key = specialise(launch, archs[0]).key
+        yield label, launch, seen.setdefault(key, archs[len(seen) % len(archs)])
+
+
+def planned_launches(traffic: Iterable[LayerTraffic]) -> Iterator[tuple[str, Launch]]:
+    """(label, launch) of what the layers launch."""
+    for entry in traffic:
+        for kernel in entry.fused:
+            if kernel.launch is not None:
+                yield f"{entry.layer.model} {entry.layer.name}", kernel.launch
+
+
+def make_report(
+    archs: Sequence[int] = tuple(ARCHITECTURES),
+    layers: Sequence[Layer] | None = None,
+    launches: Iterable[tuple[str, Launch]] | None = None,
+    processes: int = 2,
+) -> Report:
+    """Count the layers, compile their launches and the shipped ones, and check them.
+
+    Args:
+        archs: architectures to compile for, 80 is sm_80.
+        layers: None takes :func:`fastgan.profile.gpu_layers.report_layers`.
+        launches: None takes :func:`shipped_launches`.
+        processes: that compile at the same time.
+    """
+    unknown = sorted(set(archs) - set(ARCHITECTURES))
+    if unknown:
+        raise ValueError(f"gpu-report: arch must be among {', '.join(map(str, ARCHITECTURES))}, got {unknown}")
+    traffic = layer_traffic(report_layers() if layers is None else layers)
+    planned = [*planned_launches(traffic), *(shipped_launches() if launches is None else launches)]
+    code, findings = compile_launches([(*entry, arch) for arch in archs for entry in planned], processes)
+    return Report(tuple(archs), traffic, code, findings)
+
+
+def predicted_seconds(kernels: Iterable[Kernel], device: Device) -> float | None:
+    """The roofline of a sequence: each kernel's max(bytes / bandwidth, flops / peak), added up.
+
+    None where the device has no native products of the dtype. Launch overhead is not in it.
+    """
+    total = 0.0
+    for kernel in kernels:
+        dtype = kernel.dtype if kernel.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        seconds = device.roofline(kernel.bytes, kernel.flops, dtype)
+        if seconds is None:
+            return None
+        total += seconds
+    return total
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain values."""
+    layers = []
+    for entry in report.traffic:
+        row: dict[str, Any] = {"model": entry.layer.model, "layer": entry.layer.name, "up": entry.layer.up}
+        row |= {"dtype": str(entry.layer.dtype).removeprefix("torch."), "layout": entry.layer.layout}
+        row |= {"compulsory_bytes": entry.layer.compulsory, "launches": entry.launches, "other_kernels": entry.others}
+        for name, kernels in (("fused", entry.fused), ("eager", entry.eager)):
+            row[name] = {
+                "kernels": [kernel.name for kernel in kernels],
+                "modelled_bytes": sum(kernel.bytes for kernel in kernels),
+                "modelled_flops": sum(kernel.flops for kernel in kernels),
+                "predicted_us": {
+                    device.name: None if seconds is None else seconds * 1e6
+                    for device in DEVICES
+                    for seconds in [predicted_seconds(kernels, device)]
+                },
+            }
+        layers.append(row)
+    code = []
+    for label, launch, arch, result in report.code:
+        row = {"label": label, "arch": arch, "grid": list(launch.grid), "constants": _plain(launch.constants)}
+        if isinstance(result, Failure):
+            row["failure"] = result.message
+        else:
+            row |= {"kernel": result.kernel, "warps": result.warps, "shared": result.shared}
+            row |= {"occupancy": result.occupancy, **asdict(result.code)}
+        code.append(row)
+    return {
+        "note": "compiled code was read; traffic is modelled; times are predicted from datasheet peaks, not measured",
+        "archs": list(report.archs),
+        "layers": layers,
+        "code": code,
+        "findings": [asdict(finding) for finding in report.findings],
+        "devices": [asdict(device) for device in DEVICES],
+    }
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    return {name: x if isinstance(x, (int, float, str, bool, type(None))) else str(x) for name, x in values.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), metavar="SM",
+                        help="architectures, 80 is sm_80 (default: all)")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="write the Markdown there (default: print it)")
+    parser.add_argument("--json", action="store_true", help="JSON in place of Markdown")
+    parser.add_argument("--processes", type=int, default=2, help="that compile at the same time")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report; 1 if anything from sm_80 on is wrong, 2 if this process cannot compile."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("gpu-report: unset TRITON_INTERPRET: it compiles kernels, the interpreter does not", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("triton") is None:
+        print("gpu-report: triton is not installed (pip install triton, on Linux)", file=sys.stderr)
+        return 2
+    from fastgan.profile.gpu_markdown import as_markdown
+
+    try:
+        report = make_report(args.arch, processes=args.processes)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    text = json.dumps(as_json(report), indent=2, ensure_ascii=False) if args.json else as_markdown(report)
+    if args.out is None:
+        print(text)
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text.rstrip() + "\n")
+        print(f"gpu-report: {len(report.code)} compiled kernels, {len(report.findings)} findings, in {args.out}")
+    for finding in report.gated:
+        print(f"gpu-report: {finding}", file=sys.stderr)
+    return 1 if report.gated else 0
