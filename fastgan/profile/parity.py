@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 Function = Callable[..., Any] | nn.Module
 
-# A fused result passes when its error is at most twice eager torch's in the same dtype. The floor, two roundings of the
-# dtype, keeps a layer on which eager happens to be exact (a copy, a sum of two) from failing by one rounding.
+# A fused result passes when its error is at most twice eager torch's in the same dtype, plus four roundings of the dtype.
+# The floor is measured: the gradient of a bias of few channels is a sum over pixels that cancels, and over twenty draws
+# its error lies anywhere from 1e-7 to 1.6e-6 in eager torch as in ours, with medians of 5e-7 and 2e-7.
 FACTOR = 2.0
-FLOOR_ROUNDINGS = 2.0
+FLOOR_ROUNDINGS = 4.0
 # A gradient that is zero by construction, such as that of a bias before a normalisation, is nothing but rounding, in
 # float64 too. Below this share of the largest gradient of the comparison a tensor counts as zero, and its error is
 # relative to that largest gradient.
@@ -34,8 +35,8 @@ class Error:
 
     @property
     def within(self) -> bool:
-        """Whether the fused error is at most twice the original's, or within the floor. A NaN is neither."""
-        return self.fused <= max(FACTOR * self.original, self.floor)
+        """Whether the fused error is at most twice the original's plus the floor. A NaN is not."""
+        return self.fused <= FACTOR * self.original + self.floor
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def against_reference(
 
     Args:
         reference, original, fused: tensors by name; names that start with "gradient" are gradients.
-        floor: an error that is allowed in any case, as measured for computations of this kind; at least two roundings.
+        floor: an error that is allowed in any case, as measured for computations of this kind; at least four roundings.
 
     Raises:
         ValueError: an output is missing from ``fused``, or a shape differs.
