@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastgan._native import TRITON_INTERPRETED
 
+from ._launch import planning
+
 # Read inside a kernel, so it has to be a constexpr.
 _INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
@@ -29,11 +31,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@functools.cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton multiplies on tensor cores on ``device``: from sm_80 on, which is also what is assumed of a device
-    that is not a GPU, where launches are only planned or interpreted."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether Triton multiplies on tensor cores on ``device``: from sm_80 on, which is also assumed where launches
+    are only planned or interpreted."""
+    return device.type != "cuda" or planning() or _capability(device) >= (8, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def convolution_precision(x: Tensor) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -41,7 +43,18 @@ class Launch:
             _recording[-1].append(self)
         if _planning:
             return
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        settings = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Triton launches on the current device, whichever device the tensors are on.
+        with _on_device_of(self.arguments):
+            self.kernel[self.grid](**self.arguments, **self.constants, **settings)
+
+
+def _on_device_of(arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    for value in arguments.values():
+        tensor = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(tensor, torch.Tensor):
+            return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return contextlib.nullcontext()
 
 
 _recording: list[list[Launch]] = []
@@ -57,6 +70,11 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recording.remove(launches)
+
+
+def planning() -> bool:
+    """Whether launches are only planned, so that no device may be asked for what it is."""
+    return _planning > 0
 
 
 @contextlib.contextmanager

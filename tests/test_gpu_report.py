@@ -355,7 +355,8 @@ def test_plain_layers_compute_what_the_fused_ones_do(monkeypatch: pytest.MonkeyP
 def test_layers_move_at_least_what_they_must(layer: Layer) -> None:
     entry = report_like(layer)
     assert entry.over_compulsory(entry.eager) > 0.99
-    assert sum(k.flops for k in entry.eager) >= sum(k.flops for k in entry.fused) > 0
+    # Plain torch's pointwise operations are not counted, those of our demodulation are: at 4² a sixteenth of all.
+    assert sum(k.flops for k in entry.eager) >= 0.9 * sum(k.flops for k in entry.fused) > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
