@@ -110,27 +110,34 @@ FASTGAN_INLINE void dot_tile(const DotProducts& p, int64_t row, int64_t column) 
   for (int r = 0; r < kRows; ++r) {
     FASTGAN_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      float total = 0;
-      for (int64_t lane = 0; lane < kLanes<V>; ++lane) total += sums[r][c][lane];
-      p.sums[(row + r) * p.sums_stride + column + c] += total;
+      float* const to = p.sums + ((row + r) * p.column_count + column + c) * kLanes<V>;
+      sums[r][c] += load<V>(to);
+      std::memcpy(to, &sums[r][c], sizeof(V));
     }
   }
 }
 
-constexpr int64_t kDotRows = 3, kDotColumns = 4;
-
-template <typename V, int kRows>
+template <typename V, int kRows, int kColumns>
 FASTGAN_INLINE void dot_rows(const DotProducts& p, int64_t row) {
   int64_t c = 0;
-  for (; c + kDotColumns <= p.column_count; c += kDotColumns) dot_tile<V, kRows, kDotColumns>(p, row, c);
+  for (; c + kColumns <= p.column_count; c += kColumns) dot_tile<V, kRows, kColumns>(p, row, c);
   for (; c < p.column_count; ++c) dot_tile<V, kRows, 1>(p, row, c);
 }
 
+// As many sums as 16 registers hold beside the columns and one row.
 template <typename V>
 FASTGAN_INLINE void all_dots(const DotProducts& p) {
+  constexpr int64_t kRows = 4;
   int64_t r = 0;
-  for (; r + kDotRows <= p.row_count; r += kDotRows) dot_rows<V, kDotRows>(p, r);
-  for (; r < p.row_count; ++r) dot_rows<V, 1>(p, r);
+  for (; r + kRows <= p.row_count; r += kRows) dot_rows<V, kRows, 3>(p, r);
+  switch (p.row_count - r) {
+    case 1:
+      return dot_rows<V, 1, 7>(p, r);
+    case 2:
+      return dot_rows<V, 2, 4>(p, r);
+    case 3:
+      return dot_rows<V, 3, 3>(p, r);
+  }
 }
 
 // ---- the same code per instruction set, with registers of its width

@@ -34,7 +34,8 @@ struct PanelProducts {
 };
 void panel_products(const PanelProducts& p);
 
-// sums[r, c] += sum over lines and pixels of rows[r, line, pixel] * image[columns[c] + line * image_line + pixel].
+// sums[r, c, l] += sum over lines and vectors of rows[r, line, v * lanes + l] * image[columns[c] + line * image_line +
+// v * lanes + l]: dot products whose lanes the caller adds up when all of them are done.
 struct DotProducts {
   const float* rows;
   int64_t row_count, row_stride, row_line;
@@ -42,8 +43,7 @@ struct DotProducts {
   const int32_t* columns;
   int64_t column_count, image_line;
   int64_t lines, vectors;  // a line is this many whole vectors
-  float* sums;
-  int64_t sums_stride;
+  float* sums;             // [row_count, column_count, lanes]
 };
 void dot_products(const DotProducts& p);
 

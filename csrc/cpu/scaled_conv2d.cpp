@@ -1,16 +1,18 @@
 // scaled_conv2d: y = clamp(gain * act(out_scale * conv(in_scale * x, w) + noise * strength + bias)) + residual_gain *
 // residual.
 //
-// The dense product goes through torch's convolution, at few pixels through few_pixels.h; in_scale is applied in one
-// pass over x, everything that follows in one pass over the product, block by block in the first-level cache. Half
-// types are computed in float and rounded once, at the end: an unscaled product never exists in half precision. Source:
-// Karras et al. 2020 (StyleGAN2), section 2.2, for scaling activations instead of weights.
+// The dense product and the weight's gradient are products of our own where those are the fastest, with scales and
+// epilogue inside them. Elsewhere they go through torch's convolution: in_scale is applied in one pass over x,
+// everything that follows in one pass over the product, block by block in the first-level cache. Half types are
+// computed in float and rounded once, at the end: an unscaled product never exists in half precision. Source: Karras et
+// al. 2020 (StyleGAN2), section 2.2, for scaling activations instead of weights.
 
 #include <array>
 #include <limits>
 
 #include "convert.h"
 #include "direct_conv.h"
+#include "direct_weight_grad.h"
 #include "epilogue.h"
 #include "few_pixels.h"
 #include "image.h"
@@ -136,6 +138,10 @@ Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::op
                                  const std::optional<Tensor>& g_scale, std::vector<int64_t> weight_size,
                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
                                  std::vector<int64_t> dilation, int64_t groups) {
+  if (const auto grad = direct_weight_grad(x, g, in_scale, g_scale, weight_size,
+                                           {stride, padding, {0, 0}, dilation, false, groups})) {
+    return *grad;
+  }
   using torch::stable::detail::from;
   const Tensor wide_x = scaled_input(x, in_scale), wide_g = scaled_input(g, g_scale);
   // torch asks for the weight but reads its sizes only.
