@@ -321,7 +321,7 @@ void Call::write_line(const float* tiles, int64_t phase, int64_t a, float* line)
 
 // Costs in multiply-adds of a matrix product, fitted to the layers of the models on Zen 3 with two threads: a float
 // that a transform writes costs as much as this many.
-constexpr double kWeightCost = 32, kTileCost = 105, kSumCost = 80;
+constexpr double kWeightCost = 32, kTileCost = 75, kSumCost = 65;
 // What it is compared with: the products of direct convolution, by torch's own kernels, which do a fifth more per
 // second.
 constexpr double kDirectCost = 0.85;
