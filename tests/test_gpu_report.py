@@ -456,7 +456,7 @@ def test_modelled_traffic_is_within_budget() -> None:
 
 
 def test_layers_that_we_ship_have_nothing_to_find() -> None:
-    """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow them: the layers of the
+    """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow: the layers of the
     report on both architectures of CI. ``make gpu-report`` compiles every other shipped configuration, for all."""
     archs = gpu_report.CI_ARCHITECTURES
     layers = list(gpu_report.planned_launches(gpu_report.layer_traffic(report_layers())))

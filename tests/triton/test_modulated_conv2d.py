@@ -80,8 +80,8 @@ def test_demodulation_to_second_order(kind: str) -> None:
 def test_accuracy(up: int, down: int, kind: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Value and gradients of x, weight, style, noise and bias.
 
-    Half types where the result is smooth: x · style is rounded for the tensor cores, and a value that passes lrelu's kink
-    with that changes a gradient by all of it.
+    Half types where the result is smooth: x · style is rounded for the tensor cores, and a value that passes lrelu's
+    kink with that changes a gradient by all of it.
     """
     act = "lrelu" if dtype == torch.float32 else "softplus"
     x, weight, style = operands(size=(4, 4))
