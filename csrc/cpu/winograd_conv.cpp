@@ -15,7 +15,8 @@
 namespace fastgan {
 namespace {
 
-constexpr int64_t kBlockFloats = 3 << 20;  // transformed input and sums of one block: 8 MB, to stay in the third level
+// Transformed input and sums of one block: 12 MB, about what two threads can hope for of a shared third-level cache.
+constexpr int64_t kBlockFloats = 3 << 20;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -325,6 +326,8 @@ constexpr double kWeightCost = 32, kTileCost = 75, kSumCost = 65;
 // What it is compared with: the products of direct convolution, by torch's own kernels, which do a fifth more per
 // second.
 constexpr double kDirectCost = 0.85;
+// Below so many the transforms' plans alone, made for each call, would cost what could be saved.
+constexpr double kLeastCost = 4e6;
 
 double direct_cost(const ConvPlan& conv) {
   return kDirectCost * conv.n * conv.base_h * conv.base_w * conv.c_in * conv.c_out * conv.taps;
@@ -350,6 +353,7 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   if (!per_axis) return 0;
   int64_t best = 0;
   double least = direct_cost(conv);
+  if (least < kLeastCost) return 0;
   for (const int64_t m : per_axis == 3 ? std::vector<int64_t>{2, 4} : std::vector<int64_t>{2, 3, 4}) {
     const double cost = winograd_cost(conv, WinogradPlan(conv, m));
     if (cost < least) {
