@@ -430,13 +430,6 @@ def test_report_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture, monkeyp
     assert "triton is not installed" in capsys.readouterr().err
 
 
-def test_architectures_in_turn() -> None:
-    launches = [("a", gpu_kernels.copy()), ("same", gpu_kernels.copy(2 << 20)), ("b", gpu_kernels.copy(1000))]
-    launches.append(("c", gpu_kernels.product()))
-    found = [(label, arch) for label, _, arch in gpu_report.in_turn(launches, (80, 90))]
-    assert found == [("a", 80), ("same", 80), ("b", 90), ("c", 80)]
-
-
 # d = rsqrt(style² · Σ W²) needs no image: it is a launch of its own, ahead of the convolution, and its bytes (the
 # weights once more) are shown in the report and held here by themselves.
 AHEAD = "demodulation_kernel"

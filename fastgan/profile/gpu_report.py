@@ -115,14 +115,6 @@ def compile_launches(
     return list(code.values()), list(findings.values())
 
 
-def in_turn(launches: Iterable[tuple[str, Launch]], archs: Sequence[int]) -> Iterator[tuple[str, Launch, int]]:
-    """Every distinct code once, for one of the architectures in turn: what CI has time for."""
-    seen: dict[str, int] = {}
-    for label, launch in launches:
-        key = specialise(launch, archs[0]).key
-        yield label, launch, seen.setdefault(key, archs[len(seen) % len(archs)])
-
-
 def planned_launches(traffic: Iterable[LayerTraffic]) -> Iterator[tuple[str, Launch]]:
     """(label, launch) of what the layers launch."""
     for entry in traffic:
