@@ -97,7 +97,7 @@ def below(index, limit, VECTOR: tl.constexpr):
 
 @triton.jit
 def load_block(base_ptr, offset, end, VECTOR: tl.constexpr):
-    """float32 at ``offset`` [n], 0 from ``end`` on. VECTOR as for :func:`wide`; it divides ``end``, or all is before it."""
+    """float32 at ``offset`` [n], 0 from ``end`` on. VECTOR as in :func:`wide`; it divides an ``end`` that is inside."""
     return tl.load(wide(base_ptr, offset, VECTOR), mask=below(offset, end, VECTOR), other=0.0).to(tl.float32)
 
 
