@@ -418,16 +418,8 @@ def test_markdown(small: None, tmp_path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["gpu-report", "--arch", "75", "--out", str(out)]) == 0  # below sm_80 findings are listed only
     assert "findings, in" in capsys.readouterr().out
     text = out.read_text()
-    for part in (
-        "predicted, not measured",
-        "**modelled**",
-        "scalar load",
-        "sm_75",
-        "T4",
-        "datasheet",
-        "good",
-        "| bad |",
-    ):
+    parts = ("predicted, not measured", "**modelled**", "scalar load", "sm_75", "T4", "datasheet", "good", "| bad |")
+    for part in (*parts, "## Summary", "gpu_kernels.copy_kernel"):
         assert part in text, part
     assert "again" not in text  # the same code as good
     for line in text.splitlines():
@@ -445,6 +437,16 @@ def test_report_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture, monkeyp
     monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["gpu-report", "--arch", "80"]) == 2
     assert "triton is not installed" in capsys.readouterr().err
+
+
+def test_without_tensor_cores_other_launches_are_planned() -> None:
+    layers = [gpu_layers.stylegan2()[-2]]
+    tf32 = dataclasses.replace(gpu_kernels.copy(), constants={"PRECISION": "tf32"})
+    plans = [gpu_report._plan(layers, [("tf32", tf32)], cores) for cores in (True, False)]
+    (ahead, layer, extra), (_, ordinary) = plans
+    assert (ahead[1].kernel.__name__, extra) == (AHEAD, ("tf32", tf32))
+    assert layer[1].constants["BLOCK_N"] == 2 * ordinary[1].constants["BLOCK_N"]
+    assert layer[1].bytes == ordinary[1].bytes
 
 
 # d = rsqrt(style² · Σ W²) needs no image: it is a launch of its own, ahead of the convolution, and its bytes (the

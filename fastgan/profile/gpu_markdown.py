@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 import fastgan
-from fastgan.profile.compiled import Compiled, Failure
+from fastgan.kernels._launch import Launch
+from fastgan.profile.compiled import Compiled, Failure, Reference
 from fastgan.profile.devices import ARCHITECTURE_SOURCE, DEVICES
 from fastgan.profile.gpu_report import GATED_FROM, LayerTraffic, Report, predicted_seconds
 from fastgan.profile.traffic import Kernel
@@ -84,8 +85,8 @@ def _findings(report: Report) -> list[str]:
             "",
         ]
     lines += [
-        f"From sm_{GATED_FROM} on a finding fails the report. Before, Triton has no tensor cores: findings are listed, "
-        "and the reference may be the better choice there.",
+        f"From sm_{GATED_FROM} on a finding fails the report. Before, Triton has no tensor cores, launchers take "
+        "smaller tiles and never TF32; findings are listed, and the reference may be the better choice there.",
         "",
     ]
     rows = [(f"sm_{f.arch}", f.kind, f.label, f"`{f.kernel}`", f.message.splitlines()[0]) for f in report.findings]
@@ -119,7 +120,8 @@ def _traffic(report: Report) -> list[str]:
              sum(len(e.eager) for e in entries), f"{sums[1] / total:.2f}",
              f"{sum(k.flops for e in entries for k in e.fused) / 1e9:.2f}")
         )  # fmt: skip
-        head = ("layer", "compulsory MiB", "launches", "× compulsory", "torch: kernels", "× compulsory", "GFLOP")
+        head = ("layer", "compulsory MiB", "launches", "× compulsory")
+        head += ("plain torch: kernels", "plain torch: × compulsory", "GFLOP")
         lines += [f"### {model}, {dtype}, {entries[0].layer.layout}", "", *_table(head, rows), ""]
     return lines
 
@@ -145,7 +147,7 @@ def _predictions(report: Report) -> list[str]:
         "and what stays in a cache between kernels is counted as read from memory. It bounds; it does not forecast.",
         "",
     ]
-    head = ("layer", *[device.name for device in DEVICES])
+    head = ("layer", *[f"{device.name}, µs" for device in DEVICES])
     for model, entries in _models(report.traffic).items():
         rows = [(e.layer.name, *_cells(e.fused, e.eager)) for e in entries]
         every = [[k for e in entries for k in getattr(e, side)] for side in ("fused", "eager")]
@@ -158,7 +160,7 @@ def _cells(fused: Iterable[Kernel], eager: Iterable[Kernel]) -> list[str]:
     cells = []
     for device in DEVICES:
         times = [predicted_seconds(kernels, device) for kernels in (fused, eager)]
-        cells.append(" / ".join("–" if t is None else f"{t * 1e6:.1f}" for t in times))
+        cells.append(" / ".join("–" if t is None else f"{t * 1e6:.3g}" for t in times))
     return cells
 
 
@@ -181,10 +183,17 @@ def _code(report: Report) -> list[str]:
         "",
     ]
     by_kernel: dict[str, dict[str, dict[int, Compiled | Failure]]] = {}
-    for label, _, arch, result in report.code:
-        by_kernel.setdefault(result.kernel, {}).setdefault(label, {})[arch] = result
+    for label, launch, arch, result in report.code:
+        by_kernel.setdefault(_name(launch), {}).setdefault(label, {})[arch] = result
     for kernel, launches in sorted(by_kernel.items()):
-        head = ("launch", "warps", *[f"sm_{arch}" for arch in report.archs], "tensor", "loads", "stores")
+        head = (
+            "launch",
+            "warps",
+            *[f"sm_{arch}: registers / KiB / %" for arch in report.archs],
+            "tensor",
+            "loads",
+            "stores",
+        )
         rows = [_code_row(report, label, results) for label, results in launches.items()]
         summary = f"<details><summary><code>{kernel}</code>: {len(rows)} launches</summary>"
         lines += [summary, "", *_table(head, rows), "", "</details>", ""]
@@ -193,9 +202,9 @@ def _code(report: Report) -> list[str]:
 
 def _by_kernel(report: Report) -> list[str]:
     found: dict[str, list[Compiled]] = {}
-    for _, _, _, result in report.code:
+    for _, launch, _, result in report.code:
         if isinstance(result, Compiled):
-            found.setdefault(result.kernel, []).append(result)
+            found.setdefault(_name(launch), []).append(result)
     rows = [
         (
             f"`{kernel}`",
@@ -212,6 +221,12 @@ def _by_kernel(report: Report) -> list[str]:
     ]
     head = ("kernel", "codes", "registers", "spills", "shared", "occupancy", "tensor", "widest load", "widest store")
     return [*_table(head, rows), ""]
+
+
+def _name(launch: Launch) -> str:
+    """The kernel's: two modules have a ``forward_kernel``."""
+    reference = Reference.of(launch.kernel)
+    return f"{reference.module.rpartition('.')[2].lstrip('_')}.{reference.name}"
 
 
 def _range(values: Iterable[int]) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import fastgan.kernels
+from fastgan.kernels._dot import planning_for
 from fastgan.kernels._launch import Launch
 from fastgan.profile import gpu_checks
 from fastgan.profile.compiled import Compiled, Failure, compile_all, specialise
@@ -164,10 +165,22 @@ def make_report(
     unknown = sorted(set(archs) - set(ARCHITECTURES))
     if unknown:
         raise ValueError(f"gpu-report: arch must be among {', '.join(map(str, ARCHITECTURES))}, got {unknown}")
-    traffic = layer_traffic(report_layers() if layers is None else layers)
-    planned = [*planned_launches(traffic), *(shipped_launches() if launches is None else launches)]
-    code, findings = compile_launches([(*entry, arch) for arch in archs for entry in planned], processes, progress)
-    return Report(tuple(archs), traffic, code, findings)
+    layers = report_layers() if layers is None else layers
+    given = None if launches is None else list(launches)
+    # Where there are no tensor cores launchers choose other tiles.
+    plans = {cores: _plan(layers, given, cores) for cores in {arch >= GATED_FROM for arch in archs}}
+    entries = [(*entry, arch) for arch in archs for entry in plans[arch >= GATED_FROM]]
+    code, findings = compile_launches(entries, processes, progress)
+    return Report(tuple(archs), layer_traffic(layers), code, findings)
+
+
+def _plan(
+    layers: Sequence[Layer], launches: Sequence[tuple[str, Launch]] | None, tensor_cores: bool
+) -> list[tuple[str, Launch]]:
+    """What is launched where there are tensor cores, or where there are none: then nothing is multiplied in TF32."""
+    with planning_for((8, 0) if tensor_cores else (7, 5)):
+        planned = [*planned_launches(layer_traffic(layers)), *(shipped_launches() if launches is None else launches)]
+    return [entry for entry in planned if tensor_cores or entry[1].constants.get("PRECISION") != "tf32"]
 
 
 def predicted_seconds(kernels: Iterable[Kernel], device: Device) -> float | None:
