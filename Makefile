@@ -55,6 +55,8 @@ gpu-check: setup
 	$(BIN)/python -m bench.gpu_check --out $(GPU_OUT) $(ARGS)
 
 # Needs no GPU: compiles the Triton kernels for every architecture, reads the code, models traffic, predicts rooflines.
+# Some 430 compilations per architecture, of about a CPU second each, all kept in Triton's cache: stopped, it goes on
+# where it was, and a run for one architecture (fastgan gpu-report --arch 80) is a piece of the whole.
 gpu-report: setup
 	$(BIN)/fastgan gpu-report --out docs/gpu-report.md $(ARGS)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -31,10 +33,25 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+_planned_for = (8, 0)
+
+
+@contextlib.contextmanager
+def planning_for(capability: tuple[int, int]) -> Iterator[None]:
+    """Plan launches inside the ``with`` block for a device of ``capability``, where they are only planned."""
+    global _planned_for
+    before, _planned_for = _planned_for, capability
+    try:
+        yield
+    finally:
+        _planned_for = before
+
+
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether Triton multiplies on tensor cores on ``device``: from sm_80 on, which is also assumed where launches
-    are only planned or interpreted."""
-    return device.type != "cuda" or planning() or _capability(device) >= (8, 0)
+    are only planned (but see :func:`planning_for`) or interpreted."""
+    asked = device.type == "cuda" and not planning()
+    return (_capability(device) if asked else _planned_for) >= (8, 0)
 
 
 @functools.cache

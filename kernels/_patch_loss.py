@@ -7,7 +7,7 @@ fastgan/ops/_patch_loss.py:
     linear  anchor · x                   hinge   max(0, 1 + anchor · x)
 
 An *entry* is a map of either side, or a pair of maps whose x is real - fake. A program has consecutive elements of one
-entry: whole blocks of it in wide loads, what is left of the map one by one.
+entry, in wide loads; of a map whose length wide loads do not divide, whole blocks, and what is left one by one (TAIL).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import triton.language as tl
 
 from ._reduce import arrive, load_block, select_number, select_pointer, store_block, sum_range
 
-# The table: per program entry, first element, end, end of whole aligned blocks, elements per sample, where the slopes
-# of its entry start (-1: nobody wants them).
-FIELDS = 6
+# The table: per program entry, first element, end, end of what is read wide, where the slopes of its entry start (-1:
+# nobody wants them), elements per sample, then the sample of the first element and its place there.
+FIELDS = 8
 _FIELDS = tl.constexpr(FIELDS)
 
 
@@ -95,30 +95,31 @@ def _curvature(x, FORM: tl.constexpr):
 
 
 @triton.jit
-def _sample_weight(weight_ptr, base, i, mask, per_sample):
-    """The weights of the samples of elements base + ``i``; the 64-bit division is of scalars."""
-    sample = base // per_sample
-    rest = (base - sample * per_sample).to(tl.int32) + i
-    return tl.load(weight_ptr + sample + rest // per_sample.to(tl.int32), mask=mask, other=0.0)
+def _sample_weight(weight_ptr, record_ptr, base, i, mask):
+    """The weights of the samples of elements base + ``i``. Counted from where the program begins: a division of 64 bits
+    is a call, which costs registers."""
+    place = (tl.load(record_ptr + 7) + base - tl.load(record_ptr + 1)).to(tl.int32) + i
+    sample = tl.load(record_ptr + 6) + place // tl.load(record_ptr + 5).to(tl.int32)
+    return tl.load(weight_ptr + sample, mask=mask, other=0.0)
 
 
 @triton.jit
 def _forward_block(
-    x_ptr, y_ptr, weight_ptr, slopes_ptr, base, stop, per_sample, slope_start, anchor, cut, is_fake,
+    x_ptr, y_ptr, weight_ptr, slopes_ptr, record_ptr, base, stop, slope_start, anchor, cut, is_fake,
     FORM: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """(w · f, 1 where the critic is right) of one block; stores the slopes."""
     i = tl.arange(0, BLOCK)
     offset = base + i
     mask = offset < stop
-    x = load_block(x_ptr, offset, mask, VECTOR)
+    x = load_block(x_ptr, offset, stop, VECTOR)
     if PAIRED:
-        x -= load_block(y_ptr, offset, mask, VECTOR)
+        x -= load_block(y_ptr, offset, stop, VECTOR)
     value, slope = _evaluate(x, anchor, FORM)
     if slope_start >= 0:
-        store_block(slopes_ptr, slope_start + offset, slope, mask, SLOPE_VECTOR)
+        store_block(slopes_ptr + slope_start, offset, slope, stop, SLOPE_VECTOR)
     if weight_ptr is not None:
-        value *= _sample_weight(weight_ptr, base, i, mask, per_sample)
+        value *= _sample_weight(weight_ptr, record_ptr, base, i, mask)
     right = tl.where(is_fake, x <= cut, x > cut)
     return tl.where(mask, value, 0.0), (right & mask).to(tl.float32)
 
@@ -137,34 +138,28 @@ def forward_kernel(
     workspace_ptr,  # float32 [2, programs]
     counter_ptr,  # int32, 0 before and after
     ENTRIES: tl.constexpr, REALS: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Loss, accuracies and slopes of all maps; program p has the range of its record, the last one adds up."""
     programs = tl.num_programs(0)
     record_ptr = table_ptr + tl.program_id(0) * _FIELDS
     entry = tl.load(record_ptr)
     start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)
-    per_sample, slope_start = tl.load(record_ptr + 4), tl.load(record_ptr + 5)
+    slope_start = tl.load(record_ptr + 4)
     x_ptr = select_pointer(x_ptrs, entry, ENTRIES)
     y_ptr = select_pointer(y_ptrs, entry, ENTRIES) if PAIRED else x_ptr
     is_fake = entry >= REALS
     anchor = tl.where(is_fake, fake_anchor, real_anchor)
     total = tl.zeros([BLOCK], tl.float32)
     hits = tl.zeros([BLOCK], tl.float32)
-    for base in range(start, whole, BLOCK):
-        value, right = _forward_block(
-            x_ptr, y_ptr, weight_ptr, slopes_ptr, base, stop, per_sample, slope_start, anchor, cut, is_fake,
-            FORM, PAIRED, BLOCK, VECTOR, SLOPE_VECTOR,
-        )  # fmt: skip
-        total += value
-        hits += right
-    for base in range(whole, stop, BLOCK):
-        value, right = _forward_block(
-            x_ptr, y_ptr, weight_ptr, slopes_ptr, base, stop, per_sample, slope_start, anchor, cut, is_fake,
-            FORM, PAIRED, BLOCK, 1, 1,
-        )  # fmt: skip
-        total += value
-        hits += right
+    for tail in tl.static_range(1 + TAIL):
+        for base in range(whole if tail else start, stop if tail else whole, BLOCK):
+            value, right = _forward_block(
+                x_ptr, y_ptr, weight_ptr, slopes_ptr, record_ptr, base, stop, slope_start, anchor, cut, is_fake,
+                FORM, PAIRED, BLOCK, 1 if tail else VECTOR, 1 if tail else SLOPE_VECTOR,
+            )  # fmt: skip
+            total += value
+            hits += right
     tl.store(workspace_ptr + tl.program_id(0), tl.sum(total, 0))
     tl.store(workspace_ptr + programs + tl.program_id(0), tl.sum(hits, 0))
 
@@ -189,19 +184,19 @@ def forward_kernel(
 
 @triton.jit
 def _backward_block(
-    slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample, slope_start, factor,
+    slopes_ptr, weight_ptr, plus_ptr, minus_ptr, record_ptr, base, stop, slope_start, factor,
     PLUS: tl.constexpr, MINUS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
     offset = base + i
     mask = offset < stop
-    gradient = factor * load_block(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR)
+    gradient = factor * load_block(slopes_ptr + slope_start, offset, stop, SLOPE_VECTOR)
     if weight_ptr is not None:
-        gradient *= _sample_weight(weight_ptr, base, i, mask, per_sample)
+        gradient *= _sample_weight(weight_ptr, record_ptr, base, i, mask)
     if PLUS:
-        store_block(plus_ptr, offset, gradient, mask, VECTOR)
+        store_block(plus_ptr, offset, gradient, stop, VECTOR)
     if MINUS:
-        store_block(minus_ptr, offset, -gradient, mask, VECTOR)
+        store_block(minus_ptr, offset, -gradient, stop, VECTOR)
 
 
 @triton.jit
@@ -214,31 +209,27 @@ def backward_kernel(
     plus_ptrs,  # tuple of ENTRIES gradients of x, or None
     minus_ptrs,  # those of what a pairing subtracts, or None
     ENTRIES: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    SLOPE_VECTOR: tl.constexpr,
+    SLOPE_VECTOR: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """gradient = ± factor · w · grad_loss · slope of all maps that want one."""
     record_ptr = table_ptr + tl.program_id(0) * _FIELDS
     entry = tl.load(record_ptr)
     start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)
-    per_sample, slope_start = tl.load(record_ptr + 4), tl.load(record_ptr + 5)
+    slope_start = tl.load(record_ptr + 4)
     plus_ptr = select_pointer(plus_ptrs, entry, ENTRIES) if PLUS else slopes_ptr
     minus_ptr = select_pointer(minus_ptrs, entry, ENTRIES) if MINUS else slopes_ptr
     factor = select_number(factors, entry, ENTRIES) * tl.load(grad_loss_ptr)
-    for base in range(start, whole, BLOCK):
-        _backward_block(
-            slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample, slope_start, factor,
-            PLUS, MINUS, BLOCK, VECTOR, SLOPE_VECTOR,
-        )  # fmt: skip
-    for base in range(whole, stop, BLOCK):
-        _backward_block(
-            slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample, slope_start, factor,
-            PLUS, MINUS, BLOCK, 1, 1,
-        )  # fmt: skip
+    for tail in tl.static_range(1 + TAIL):
+        for base in range(whole if tail else start, stop if tail else whole, BLOCK):
+            _backward_block(
+                slopes_ptr, weight_ptr, plus_ptr, minus_ptr, record_ptr, base, stop, slope_start, factor,
+                PLUS, MINUS, BLOCK, 1 if tail else VECTOR, 1 if tail else SLOPE_VECTOR,
+            )  # fmt: skip
 
 
 @triton.jit
 def _second_block(
-    x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop, per_sample,
+    x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, record_ptr, base, stop,
     slope_start, factor, grad_loss,
     FORM: tl.constexpr, PAIRED: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
@@ -247,23 +238,23 @@ def _second_block(
     i = tl.arange(0, BLOCK)
     offset = base + i
     mask = offset < stop
-    x = load_block(x_ptr, offset, mask, VECTOR)
+    x = load_block(x_ptr, offset, stop, VECTOR)
     if PAIRED:
-        x -= load_block(y_ptr, offset, mask, VECTOR)
+        x -= load_block(y_ptr, offset, stop, VECTOR)
     seen = tl.zeros([BLOCK], tl.float32)
     if PLUS:
-        seen += load_block(plus_in_ptr, offset, mask, VECTOR)
+        seen += load_block(plus_in_ptr, offset, stop, VECTOR)
     if MINUS:
-        seen -= load_block(minus_in_ptr, offset, mask, VECTOR)
+        seen -= load_block(minus_in_ptr, offset, stop, VECTOR)
     seen *= factor
     if weight_ptr is not None:
-        seen *= _sample_weight(weight_ptr, base, i, mask, per_sample)
+        seen *= _sample_weight(weight_ptr, record_ptr, base, i, mask)
     gradient = grad_loss * seen * _curvature(x, FORM)
     if PLUS:
-        store_block(plus_ptr, offset, gradient, mask, VECTOR)
+        store_block(plus_ptr, offset, gradient, stop, VECTOR)
     if MINUS:
-        store_block(minus_ptr, offset, -gradient, mask, VECTOR)
-    return tl.where(mask, seen * load_block(slopes_ptr, slope_start + offset, mask, SLOPE_VECTOR), 0.0)
+        store_block(minus_ptr, offset, -gradient, stop, VECTOR)
+    return tl.where(mask, seen * load_block(slopes_ptr + slope_start, offset, stop, SLOPE_VECTOR), 0.0)
 
 
 @triton.jit
@@ -279,13 +270,13 @@ def second_kernel(
     workspace_ptr,  # float32 [programs]
     counter_ptr,
     ENTRIES: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SLOPE_VECTOR: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The gradient of backward_kernel: by its maps, factor · w · grad_loss · cotangent · f''; by grad_loss a sum."""
     record_ptr = table_ptr + tl.program_id(0) * _FIELDS
     entry = tl.load(record_ptr)
     start, stop, whole = tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)
-    per_sample, slope_start = tl.load(record_ptr + 4), tl.load(record_ptr + 5)
+    slope_start = tl.load(record_ptr + 4)
     x_ptr = select_pointer(x_ptrs, entry, ENTRIES)
     y_ptr = select_pointer(y_ptrs, entry, ENTRIES) if PAIRED else x_ptr
     plus_in_ptr = select_pointer(plus_in_ptrs, entry, ENTRIES) if PLUS else x_ptr
@@ -295,16 +286,13 @@ def second_kernel(
     factor = select_number(factors, entry, ENTRIES)
     grad_loss = tl.load(grad_loss_ptr)
     total = tl.zeros([BLOCK], tl.float32)
-    for base in range(start, whole, BLOCK):
-        total += _second_block(
-            x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop,
-            per_sample, slope_start, factor, grad_loss, FORM, PAIRED, PLUS, MINUS, BLOCK, VECTOR, SLOPE_VECTOR,
-        )  # fmt: skip
-    for base in range(whole, stop, BLOCK):
-        total += _second_block(
-            x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, base, stop,
-            per_sample, slope_start, factor, grad_loss, FORM, PAIRED, PLUS, MINUS, BLOCK, 1, 1,
-        )  # fmt: skip
+    for tail in tl.static_range(1 + TAIL):
+        for base in range(whole if tail else start, stop if tail else whole, BLOCK):
+            total += _second_block(
+                x_ptr, y_ptr, plus_in_ptr, minus_in_ptr, slopes_ptr, weight_ptr, plus_ptr, minus_ptr, record_ptr,
+                base, stop, slope_start, factor, grad_loss, FORM, PAIRED, PLUS, MINUS, BLOCK, 1 if tail else VECTOR,
+                1 if tail else SLOPE_VECTOR,
+            )  # fmt: skip
     tl.store(workspace_ptr + tl.program_id(0), tl.sum(total, 0))
     if arrive(counter_ptr, tl.num_programs(0)):
         tl.store(grad_grad_loss_ptr, sum_range(workspace_ptr, 0, tl.num_programs(0), 128))

@@ -96,21 +96,15 @@ def below(index, limit, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_block(base_ptr, offset, mask, VECTOR: tl.constexpr):
-    """float32; VECTOR 1 is a masked load, every other one is of a whole block."""
-    if VECTOR > 1:
-        return tl.load(wide(base_ptr, offset, VECTOR)).to(tl.float32)
-    else:
-        return tl.load(base_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+def load_block(base_ptr, offset, end, VECTOR: tl.constexpr):
+    """float32 at ``offset`` [n], 0 from ``end`` on. VECTOR as in :func:`wide`; it divides an ``end`` that is inside."""
+    return tl.load(wide(base_ptr, offset, VECTOR), mask=below(offset, end, VECTOR), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_block(base_ptr, offset, value, mask, VECTOR: tl.constexpr):
+def store_block(base_ptr, offset, value, end, VECTOR: tl.constexpr):
     """As :func:`load_block`, in the dtype of the pointer."""
-    if VECTOR > 1:
-        tl.store(wide(base_ptr, offset, VECTOR), value)
-    else:
-        tl.store(base_ptr + offset, value, mask=mask)
+    tl.store(wide(base_ptr, offset, VECTOR), value, mask=below(offset, end, VECTOR))
 
 
 @triton.jit

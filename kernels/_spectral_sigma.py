@@ -192,7 +192,9 @@ def _add_partials(partial_ptr, stride, count, b, spanned):
 
 @triton.jit
 def _load_first(first_ptr, a, owned):
-    return tl.load(first_ptr + a, mask=a < owned, other=0.0, cache_modifier=".cg")
+    """first[a], 0 from ``owned`` on: there is room up to the next multiple of four, but nobody writes there."""
+    first = tl.load(wide(first_ptr, a, 4), mask=below(a, tl.cdiv(owned, 4) * 4, 4), other=0.0, cache_modifier=".cg")
+    return tl.where(a < owned, first, 0.0)
 
 
 @triton.jit

@@ -29,11 +29,12 @@ _MOST_PER_SAMPLE = 2**30  # elements of one sample are counted in 32 bits
 
 @dataclass(frozen=True)
 class _Ranges:
-    """The programs of one call, in a table on the device, and how many words the signs of all maps take."""
+    """The programs of one call, in a table on the device; how many words all signs take; whether any has a tail."""
 
     table: Tensor
     programs: int
     words: int
+    tail: bool
 
 
 _ranges: _reduce.Tables[_Ranges] = _reduce.Tables()
@@ -48,17 +49,19 @@ def _plan(maps: Sequence[Tensor], vector: int) -> _Ranges:
         words += -(-x.numel() // _SIGN_BLOCK) * _SIGN_WORDS
     records: list[int] = []
     firsts: dict[int, int] = {}
+    tail = False
     for program, (number, start, stop) in enumerate(parts):
         firsts.setdefault(number, program)
         x = maps[number]
         pixels = max(1, math.prod(x.shape[2:]))
         mask = (x.shape[1] * pixels, pixels, pixels) if x.is_contiguous() else (x.shape[1], 1, 1)
-        whole = max(start, stop // _BLOCK * _BLOCK) if vector > 1 else start
-        records += [number, start, stop, whole, starts[number], *mask]
+        whole = stop if x.numel() % vector == 0 else max(start, stop // _BLOCK * _BLOCK)
+        tail |= whole < stop
+        records += [number, start, stop, whole, starts[number], *mask, *divmod(start, mask[0])]
     bounds = [len(parts)]
     for number in reversed(range(len(maps))):
         bounds.append(firsts.get(number, bounds[-1]))
-    return _Ranges(_reduce.device_table(records + bounds[::-1], maps[0].device), len(parts), words)
+    return _Ranges(_reduce.device_table(records + bounds[::-1], maps[0].device), len(parts), words, tail)
 
 
 def _planned(maps: Sequence[Tensor], vector: int) -> _Ranges:
@@ -125,6 +128,7 @@ def plan_forward(
             "SIGNS": signs,
             "BLOCK": _BLOCK,
             "VECTOR": vector,
+            "TAIL": ranges.tail,
         },
         bytes=2 * elements * fake[0].element_size() + _bytes(*masks, *results),
         flops=(4 if masks else 3) * elements,
@@ -187,6 +191,7 @@ def _gradients(
         "REAL": want_real,
         "BLOCK": _BLOCK,
         "VECTOR": vector,
+        "TAIL": ranges.tail,
     }
     return _Gradients(targets, ranges.programs, arguments, constants)
 

@@ -27,11 +27,12 @@ _MOST_PER_SAMPLE = 2**30  # elements of one sample are counted in 32 bits
 
 @dataclass(frozen=True)
 class Ranges:
-    """The programs of one call, in a table on the device."""
+    """The programs of one call, in a table on the device; how many slopes they store; whether any has a tail."""
 
     table: Tensor
     programs: int
     slopes: int
+    tail: bool
 
 
 _ranges: _reduce.Tables[Ranges] = _reduce.Tables()
@@ -46,17 +47,22 @@ def _plan(shapes: Sequence[tuple[int, ...]], slopes: Sequence[bool], vector: int
         total += size if wanted else 0
     records: list[int] = []
     firsts: dict[int, int] = {}
+    tail = False
     parts = _reduce.split(sizes, _BLOCK, _PROGRAMS)
     for program, (entry, start, stop) in enumerate(parts):
         firsts.setdefault(entry, program)
         # Slopes lie behind each other: those of a map begin wherever the ones before it end.
-        whole = stop // _BLOCK * _BLOCK if vector > 1 and max(starts[entry], 0) % 4 == 0 else start
+        if vector > 1 and max(starts[entry], 0) % 4 != 0:
+            whole = start
+        else:
+            whole = stop if sizes[entry] % vector == 0 else max(start, stop // _BLOCK * _BLOCK)
+        tail |= whole < stop
         per_sample = max(1, sizes[entry] // max(1, shapes[entry][0]))
-        records += [entry, start, stop, max(start, whole), per_sample, starts[entry]]
+        records += [entry, start, stop, whole, starts[entry], per_sample, *divmod(start, per_sample)]
     bounds = [len(parts)]
     for entry in reversed(range(len(sizes))):
         bounds.append(firsts.get(entry, bounds[-1]))
-    return Ranges(_reduce.device_table(records + bounds[::-1] + sizes, device), len(parts), total)
+    return Ranges(_reduce.device_table(records + bounds[::-1] + sizes, device), len(parts), total, tail)
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -162,6 +168,7 @@ def plan_forward(
             "BLOCK": _BLOCK,
             "VECTOR": vector,
             "SLOPE_VECTOR": 4 if vector > 1 else 1,
+            "TAIL": ranges.tail,
         },
         bytes=elements * maps[0].element_size() + 4 * (ranges.slopes + len(maps) + 1),
         flops=(30 if form == "bce" else 4) * elements,
@@ -217,6 +224,7 @@ def _gradients(
         "BLOCK": _BLOCK,
         "VECTOR": vector,
         "SLOPE_VECTOR": 4 if vector > 1 else 1,
+        "TAIL": ranges.tail,
     }
     return _Gradients(entries, ranges, targets, plus, minus, vector, constants)
 

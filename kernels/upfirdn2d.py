@@ -22,6 +22,8 @@ from ._tiles import ceil_div, needs_wide, pixel_tile, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ELEMENTS = 1024
+# Threads so many that each reads 16 bytes a tap: the loads of all taps wait in registers.
+_THREAD_BYTES = 16
 # Taps up to which the sum is written out: StyleGAN2's 4×4. Longer filters loop.
 _UNROLLED = 16
 
@@ -281,6 +283,7 @@ def plan(x: Tensor, f: Tensor | None, resampling: Resampling, tail: Tail) -> tup
         (ceil_div(c, block_c) * tiles_w * tiles_h * x.shape[0],),
         arguments,
         constants,
+        num_warps=ceil_div(tile.pixels * block_c * x.element_size(), 32 * _THREAD_BYTES),
         bytes=traffic(x, f, noise, tail.noise_strength, tail.bias, residual, y),
         flops=2 * steps * y.numel(),
     )

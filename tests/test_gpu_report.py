@@ -222,6 +222,23 @@ def test_scalar_load_is_found() -> None:
     assert not check("a launch", odd, compiled(odd))
 
 
+def test_operand_that_tf32_needs_turned_is_no_finding() -> None:
+    """Hopper's TF32 product reads a weight along C_in only, memory has it along C_out: no wide copy can turn it."""
+    launch = dict(gpu_report.shipped_launches())["scaled_conv2d: U-Net-256 up3 tf32 NHWC"]
+    found = compiled(launch, 90)
+    assert set(found.code.tensor) == {"HGMMA"}
+    by_argument = {load.arguments: load for load in found.tiles}
+    assert by_argument[("w_ptr",)].turned
+    assert by_argument[("w_ptr",)].widths == (32,)
+    assert not by_argument[("x_ptr",)].turned
+    assert by_argument[("x_ptr",)].widths == (128,)
+    assert not check("a launch", launch, found)
+    other = dataclasses.replace(found, code=dataclasses.replace(found.code, tensor={"HMMA": 1}))
+    assert kinds(launch, other) == {"scalar load"}
+    half = compiled(gpu_kernels.product(), 90)
+    assert not any(load.turned and load.scalar for load in half.tiles)
+
+
 def test_what_cannot_be_launched_is_found() -> None:
     launch = gpu_kernels.product()
     large = dataclasses.replace(compiled(launch, 89), shared=120_000)
@@ -401,16 +418,8 @@ def test_markdown(small: None, tmp_path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["gpu-report", "--arch", "75", "--out", str(out)]) == 0  # below sm_80 findings are listed only
     assert "findings, in" in capsys.readouterr().out
     text = out.read_text()
-    for part in (
-        "predicted, not measured",
-        "**modelled**",
-        "scalar load",
-        "sm_75",
-        "T4",
-        "datasheet",
-        "good",
-        "| bad |",
-    ):
+    parts = ("predicted, not measured", "**modelled**", "scalar load", "sm_75", "T4", "datasheet", "good", "| bad |")
+    for part in (*parts, "## Summary", "gpu_kernels.copy_kernel"):
         assert part in text, part
     assert "again" not in text  # the same code as good
     for line in text.splitlines():
@@ -428,6 +437,16 @@ def test_report_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture, monkeyp
     monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["gpu-report", "--arch", "80"]) == 2
     assert "triton is not installed" in capsys.readouterr().err
+
+
+def test_without_tensor_cores_other_launches_are_planned() -> None:
+    layers = [gpu_layers.stylegan2()[-2]]
+    tf32 = dataclasses.replace(gpu_kernels.copy(), constants={"PRECISION": "tf32"})
+    plans = [gpu_report._plan(layers, [("tf32", tf32)], cores) for cores in (True, False)]
+    (ahead, layer, extra), (_, ordinary) = plans
+    assert (ahead[1].kernel.__name__, extra) == (AHEAD, ("tf32", tf32))
+    assert layer[1].constants["BLOCK_N"] == 2 * ordinary[1].constants["BLOCK_N"]
+    assert layer[1].bytes == ordinary[1].bytes
 
 
 # d = rsqrt(style² · Σ W²) needs no image: it is a launch of its own, ahead of the convolution, and its bytes (the
@@ -448,11 +467,26 @@ def test_modelled_traffic_is_within_budget() -> None:
     assert not over, "\n".join(over)
 
 
-def test_layers_that_we_ship_have_nothing_to_find() -> None:
-    """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow: the layers of the
-    report on both architectures of CI. ``make gpu-report`` compiles every other shipped configuration, for all."""
+def test_architectures_take_turns() -> None:
+    launches = [gpu_kernels.product(m=m) for m in (256, 512, 257, 258)] + [gpu_kernels.copy()]
+    turns = list(gpu_report.in_turn(((str(i), launch) for i, launch in enumerate(launches)), (80, 90)))
+    # The first two run the same code; so do the next two: Triton knows no smaller divisor than 16.
+    assert [(label, arch) for label, _, arch in turns] == [
+        ("0", 80), ("1", 80), ("2", 90), ("3", 90), ("4", 80), ("4", 90)
+    ]  # fmt: skip
+
+
+def test_what_we_ship_has_nothing_to_find() -> None:
+    """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow them.
+
+    Every shipped configuration and every layer of the report, on the architectures of CI in turn: each distinct code
+    on one of them, each kernel on both. ``make gpu-report`` compiles all of them for every architecture. What was
+    compiled before comes from Triton's cache, whose keys hold the source of the kernel and of what it calls, the types,
+    constants and options, and the versions; so nothing stale is read.
+    """
     archs = gpu_report.CI_ARCHITECTURES
-    layers = list(gpu_report.planned_launches(gpu_report.layer_traffic(report_layers())))
-    code, findings = gpu_report.compile_launches([(label, launch, arch) for arch in archs for label, launch in layers])
-    assert {arch for _, _, arch, _ in code} == set(archs)
+    layers = gpu_report.planned_launches(gpu_report.layer_traffic(report_layers()))
+    code, findings = gpu_report.compile_launches(gpu_report.in_turn([*layers, *gpu_report.shipped_launches()], archs))
+    kernels = {launch.kernel for _, launch, _, _ in code}
+    assert {(launch.kernel, arch) for _, launch, arch, _ in code} == {(k, arch) for k in kernels for arch in archs}
     assert not findings, "\n".join(map(str, findings))

@@ -7,14 +7,16 @@ on disk.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import multiprocessing
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,11 @@ from typing import Any
 from torch import Tensor
 
 from fastgan.kernels._launch import Launch
+from fastgan.profile import global_loads, machine_code
 from fastgan.profile.devices import ARCHITECTURES
 from fastgan.profile.global_loads import TileLoad, tile_loads
 from fastgan.profile.machine_code import MachineCode, read
 
-# Of the code that reads machine code: another number makes what was read before be read again.
-_READER = 1
 _CACHED = "fastgan-compiled.pickle"
 _DOT = re.compile(r"tt\.dot(?:_scaled)? .* : tensor<[\dx]+x(\w+)[,>]")
 _PRECISION = re.compile(r"inputPrecision = (\w+)")
@@ -147,10 +148,17 @@ def specialise(launch: Launch, arch: int) -> Job:
     bound, specialization, options = binder(**keywords)
     parsed, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
     portable = {path: _portable(value) for path, value in constants.items()}
-    facts = (_READER, triton.__version__, reference, kernel.cache_key, arch, signature, portable, attributes)
+    facts = (_reader(), triton.__version__, reference, kernel.cache_key, arch, signature, portable, attributes)
     text = repr((facts, sorted(parsed.__dict__.items())))
     key = hashlib.sha256(text.encode()).hexdigest()
     return Job(reference, arch, key, signature, portable, attributes, dict(parsed.__dict__))
+
+
+@functools.cache
+def _reader() -> str:
+    """A digest of the code that reads what was compiled: with other code, what was read before is read again."""
+    sources = [Path(file).read_bytes() for file in (__file__, global_loads.__file__, machine_code.__file__)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def _portable(value: Any) -> Any:
@@ -219,15 +227,28 @@ class Failure:
     message: str
 
 
-def compile_all(jobs: Iterable[Job], processes: int = 2) -> dict[str, Compiled | Failure]:
-    """Compile each job once, in parallel processes; key -> what came out. One failure does not stop the others."""
-    distinct = list({job.key: job for job in jobs}.values())
-    if processes <= 1 or len(distinct) <= 1:
-        return {job.key: _attempt(job) for job in distinct}
+def compile_all(
+    jobs: Iterable[Job], processes: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Compiled | Failure]:
+    """Compile each job once, in parallel processes; key -> what came out. One failure does not stop the others.
+
+    Each result is kept as soon as it is there, so a call that was stopped goes on where it was.
+
+    Args:
+        processes: None takes one for each CPU of this process.
+        progress: called with how many distinct jobs are done, and of how many.
+    """
+    distinct = {job.key: job for job in jobs}
+    processes = min(processes or len(os.sched_getaffinity(0)), len(distinct))
     # Fresh processes: a fork would inherit torch's threads, locks and all.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(distinct)), mp_context=context) as pool:
-        return dict(zip([job.key for job in distinct], pool.map(_attempt, distinct, chunksize=4), strict=True))
+    found: dict[str, Compiled | Failure] = {}
+    with ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else nullcontext() as pool:
+        results = map(_attempt, distinct.values()) if pool is None else pool.map(_attempt, distinct.values())
+        for key, result in zip(distinct, results, strict=True):
+            found[key] = result
+            progress(len(found), len(distinct))
+    return found
 
 
 def _attempt(job: Job) -> Compiled | Failure:

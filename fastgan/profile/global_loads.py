@@ -17,6 +17,9 @@ _ARGUMENTS = re.compile(r"tt\.func public @\w+\((.*)\)\s*(?:->.*)?attributes")
 _LOAD = re.compile(
     r"(?:tt\.load|ttg\.async_copy_global_to_local) (%[\w-]+(?:#\d+)?).* : tensor<([\dx]*)x!tt\.ptr<(\w+)>"
 )
+_COPY = re.compile(r"!tt\.ptr<\w+>, (#\w+)> -> <[^#]*, (#\w+)")
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.\w+<\{(.*)\}>$", re.MULTILINE)
+_ORDER = re.compile(r"order = \[([\d, ]+)\]")
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 _POSITION = re.compile(r'"[^"]*":(\d+):(\d+)')
 _PTX_POSITION = re.compile(r"^\s*\.loc\s+\d+ (\d+) (\d+)")
@@ -36,6 +39,7 @@ class TileLoad:
         elements: of the tile.
         element_bits: 16 for float16.
         widths: bits that a thread reads at once, of the instructions that it became, ascending.
+        turned: whether it is copied to shared memory along another axis than the one it is read along.
     """
 
     line: int
@@ -44,6 +48,7 @@ class TileLoad:
     elements: int
     element_bits: int
     widths: tuple[int, ...]
+    turned: bool = False
 
     @property
     def scalar(self) -> bool:
@@ -56,6 +61,7 @@ def tile_loads(ttgir: str, ptx: str) -> list[TileLoad]:
     pointers = _Pointers(ttgir)
     positions = _positions(ttgir)
     widths = _widths(ptx)
+    axes = {name: _fast_axis(layout) for name, layout in _LAYOUT.findall(ttgir)}
     found: dict[tuple[int, int, tuple[str, ...], int], TileLoad] = {}
     for line in ttgir.splitlines():
         match = _LOAD.search(line)
@@ -70,9 +76,22 @@ def tile_loads(ttgir: str, ptx: str) -> list[TileLoad]:
             elements *= int(extent)
         bits = int(re.sub(r"\D", "", element.partition("E")[0]) or 64)
         arguments = tuple(sorted(pointers.roots(value)))
-        load = TileLoad(*position, arguments, elements, bits, tuple(sorted(widths.get(position, ()))))
+        copy = _COPY.search(line)
+        turned = copy is not None and axes.get(copy.group(1)) != axes.get(copy.group(2))
+        load = TileLoad(*position, arguments, elements, bits, tuple(sorted(widths.get(position, ()))), turned)
         found[(*position, arguments, elements)] = load
     return sorted(found.values(), key=lambda load: (load.line, load.column))
+
+
+def _fast_axis(layout: str) -> int | None:
+    """The axis along which neighbours lie, counted from the end; None for a layout that names none."""
+    order = _ORDER.search(layout)
+    if order is not None:
+        axes = order.group(1).split(", ")
+        return int(axes[0]) - len(axes)
+    if "transposed = " in layout:
+        return -2 if "transposed = true" in layout else -1
+    return None
 
 
 class _Pointers:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgan.kernels._launch import Launch
 from fastgan.profile.compiled import Compiled, Failure, vector_bits
 from fastgan.profile.devices import ARCHITECTURES, DEVICES
+from fastgan.profile.global_loads import TileLoad
 
 _HALF = ("f16", "bf16")
 
@@ -84,6 +85,16 @@ def _beyond_cuda_cores(launch: Launch, arch: int) -> bool:
     return any(d.arch == arch and launch.flops / d.fp32 > launch.bytes / d.bandwidth for d in DEVICES)
 
 
+def _turned_for_tf32(tile: TileLoad, result: Compiled) -> bool:
+    """Whether a tile is read element by element because Hopper's product of TF32 can take it in no other way.
+
+    A warp group reads its operands from shared memory, float32 ones only with the depth of the product along the line
+    (PTX ISA, wgmma.mma_async: only 16-bit types can be transposed). What lies the other way in device memory is turned
+    on its way there, which cp.async does one element at a time; a warp's addresses are neighbours all the same.
+    """
+    return tile.turned and tile.element_bits == 32 and "HGMMA" in result.code.tensor
+
+
 def _loads(launch: Launch, result: Compiled) -> Iterator[tuple[str, str]]:
     """Tiles that are read element by element where every thread could read 128 bits at once.
 
@@ -96,7 +107,8 @@ def _loads(launch: Launch, result: Compiled) -> Iterator[tuple[str, str]]:
             continue
         several = tile.elements >= 2 * 32 * result.warps
         streamed = all(x.numel() >= tile.elements for x in tensors)
-        if tile.scalar and several and streamed and min(map(vector_bits, tensors)) == 128:
+        allowed = 32 if _turned_for_tf32(tile, result) else min(map(vector_bits, tensors))
+        if tile.scalar and several and streamed and allowed == 128:
             names = "/".join(tile.arguments)
             yield (
                 "scalar load",

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 import fastgan
-from fastgan.profile.compiled import Compiled, Failure
+from fastgan.kernels._launch import Launch
+from fastgan.profile.compiled import Compiled, Failure, Reference
 from fastgan.profile.devices import ARCHITECTURE_SOURCE, DEVICES
 from fastgan.profile.gpu_report import GATED_FROM, LayerTraffic, Report, predicted_seconds
 from fastgan.profile.traffic import Kernel
@@ -27,6 +28,7 @@ def as_markdown(report: Report) -> str:
         f"{triton.__version__}) for {archs}. No GPU was used. Compiled code was **read**; bytes, operations and "
         "launches are **modelled** at launch boundaries; times are **predicted, not measured**.",
         "",
+        *_summary(report),
         *_findings(report),
         *_traffic(report),
         *_predictions(report),
@@ -41,6 +43,38 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers_from: 
     return [f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rows)]
 
 
+def _summary(report: Report) -> list[str]:
+    lines = [
+        "## Summary",
+        "",
+        "Layers in evaluation, batch 1; bytes over what any implementation moves (**modelled**):",
+        "",
+    ]
+    rows = []
+    for model, entries in _models(report.traffic).items():
+        dtype = str(entries[0].layer.dtype).removeprefix("torch.")
+        launches, compulsory = _launches(entries), sum(e.layer.compulsory for e in entries)
+        fused, eager = ([k for e in entries for k in getattr(e, side)] for side in ("fused", "eager"))
+        moved = [f"{sum(k.bytes for k in kernels) / compulsory:.2f}" for kernels in (fused, eager)]
+        rows.append((f"{model}, {dtype}", len(entries), launches, moved[0], len(eager), moved[1]))
+    head = ("model", "layers", "launches", "bytes, ×", "plain torch: kernels", "bytes, ×")
+    lines += [*_table(head, rows), "", "Compiled code (**read**):", ""]
+    rows = []
+    for arch in report.archs:
+        codes = [result for _, _, a, result in report.code if a == arch]
+        good = [result for result in codes if isinstance(result, Compiled)]
+        spill, tensor = (sum(bool(getattr(c.code, what)) for c in good) for what in ("spills", "tensor"))
+        count = sum(finding.arch == arch for finding in report.findings)
+        rows.append((f"sm_{arch}", len(codes), len(codes) - len(good), spill, tensor, count))
+    head = ("architecture", "distinct codes", "do not compile", "spill", "use tensor cores", "findings")
+    return [*lines, *_table(head, rows), ""]
+
+
+def _launches(entries: Sequence[LayerTraffic]) -> str:
+    """fastgan's launches + kernels of torch that the fused calls still run."""
+    return f"{sum(e.launches for e in entries)} + {sum(e.others for e in entries)}"
+
+
 def _findings(report: Report) -> list[str]:
     lines = ["## Findings", ""]
     if not report.findings:
@@ -51,8 +85,8 @@ def _findings(report: Report) -> list[str]:
             "",
         ]
     lines += [
-        f"From sm_{GATED_FROM} on a finding fails the report. Before, Triton has no tensor cores: findings are listed, "
-        "and the reference may be the better choice there.",
+        f"From sm_{GATED_FROM} on a finding fails the report. Before, Triton has no tensor cores, launchers take "
+        "smaller tiles and never TF32; findings are listed, and the reference may be the better choice there.",
         "",
     ]
     rows = [(f"sm_{f.arch}", f.kind, f.label, f"`{f.kernel}`", f.message.splitlines()[0]) for f in report.findings]
@@ -81,13 +115,13 @@ def _traffic(report: Report) -> list[str]:
         rows = [_traffic_row(entry) for entry in entries]
         total = sum(entry.layer.compulsory for entry in entries)
         sums = [sum(k.bytes for e in entries for k in getattr(e, side)) for side in ("fused", "eager")]
-        launches = f"{sum(e.launches for e in entries)} + {sum(e.others for e in entries)}"
         rows.append(
-            ("**all**", f"{total / _MIB:.2f}", launches, f"{sums[0] / total:.2f}",
+            ("**all**", f"{total / _MIB:.2f}", _launches(entries), f"{sums[0] / total:.2f}",
              sum(len(e.eager) for e in entries), f"{sums[1] / total:.2f}",
              f"{sum(k.flops for e in entries for k in e.fused) / 1e9:.2f}")
         )  # fmt: skip
-        head = ("layer", "compulsory MiB", "launches", "× compulsory", "torch: kernels", "× compulsory", "GFLOP")
+        head = ("layer", "compulsory MiB", "launches", "× compulsory")
+        head += ("plain torch: kernels", "plain torch: × compulsory", "GFLOP")
         lines += [f"### {model}, {dtype}, {entries[0].layer.layout}", "", *_table(head, rows), ""]
     return lines
 
@@ -113,7 +147,7 @@ def _predictions(report: Report) -> list[str]:
         "and what stays in a cache between kernels is counted as read from memory. It bounds; it does not forecast.",
         "",
     ]
-    head = ("layer", *[device.name for device in DEVICES])
+    head = ("layer", *[f"{device.name}, µs" for device in DEVICES])
     for model, entries in _models(report.traffic).items():
         rows = [(e.layer.name, *_cells(e.fused, e.eager)) for e in entries]
         every = [[k for e in entries for k in getattr(e, side)] for side in ("fused", "eager")]
@@ -126,7 +160,7 @@ def _cells(fused: Iterable[Kernel], eager: Iterable[Kernel]) -> list[str]:
     cells = []
     for device in DEVICES:
         times = [predicted_seconds(kernels, device) for kernels in (fused, eager)]
-        cells.append(" / ".join("–" if t is None else f"{t * 1e6:.1f}" for t in times))
+        cells.append(" / ".join("–" if t is None else f"{t * 1e6:.3g}" for t in times))
     return cells
 
 
@@ -134,35 +168,93 @@ def _code(report: Report) -> list[str]:
     lines = [
         "## Compiled code (read)",
         "",
-        "Distinct code once, under the first launch that uses it. *spills*: instructions that touch local memory. "
-        "*shared*: KiB per block. *occupancy*: theoretical, of the warps that an SM holds. *tensor*: tensor-core "
-        "instructions. *loads*, *stores*: global-memory instructions by bits per thread (static counts).",
+        "Over all architectures of this report. *codes*: distinct machine code. *registers* per thread. *spills*: "
+        "instructions that touch local memory. *shared*: KiB of shared memory per block, the largest. *occupancy*: "
+        "theoretical, of the warps that a multiprocessor holds. *tensor*: which tensor-core instructions. *widest "
+        "load*, *store*: bits per thread, the least and the most of any code; TMA counts as 128.",
+        "",
+        *_by_kernel(report),
+        "### By launch",
+        "",
+        "Distinct code once, under the first launch that uses it. Per architecture: registers per thread / KiB of "
+        "shared memory per block / theoretical occupancy in %, and spills where there are any. Instructions as they "
+        f"stand in the code for sm_{_shown(report)}: *tensor* cores; *loads* and *stores* by bits per thread "
+        "(`fastgan gpu-report --json` has those of every architecture).",
         "",
     ]
-    head = ("launch", "kernel", "warps", "registers", "spills", "shared", "occupancy", "tensor", "loads", "stores")
-    for arch in report.archs:
-        rows = [_code_row(label, result) for label, _, a, result in report.code if a == arch]
-        table = _table(head, rows, 2)
-        lines += [f"<details><summary>sm_{arch}: {len(rows)} kernels</summary>", "", *table, "", "</details>", ""]
+    by_kernel: dict[str, dict[str, dict[int, Compiled | Failure]]] = {}
+    for label, launch, arch, result in report.code:
+        by_kernel.setdefault(_name(launch), {}).setdefault(label, {})[arch] = result
+    for kernel, launches in sorted(by_kernel.items()):
+        head = (
+            "launch",
+            "warps",
+            *[f"sm_{arch}: registers / KiB / %" for arch in report.archs],
+            "tensor",
+            "loads",
+            "stores",
+        )
+        rows = [_code_row(report, label, results) for label, results in launches.items()]
+        summary = f"<details><summary><code>{kernel}</code>: {len(rows)} launches</summary>"
+        lines += [summary, "", *_table(head, rows), "", "</details>", ""]
     return lines
 
 
-def _code_row(label: str, result: Compiled | Failure) -> tuple[object, ...]:
+def _by_kernel(report: Report) -> list[str]:
+    found: dict[str, list[Compiled]] = {}
+    for _, launch, _, result in report.code:
+        if isinstance(result, Compiled):
+            found.setdefault(_name(launch), []).append(result)
+    rows = [
+        (
+            f"`{kernel}`",
+            len(codes),
+            _range(c.code.registers for c in codes),
+            sum(c.code.spills for c in codes),
+            f"{max(c.shared for c in codes) / 1024:.1f}",
+            f"{_range(round(100 * c.occupancy) for c in codes)} %",
+            ", ".join(sorted({name for c in codes for name in c.code.tensor})) or "–",
+            _range(c.code.widest_load for c in codes),
+            _range(c.code.widest_store for c in codes),
+        )
+        for kernel, codes in sorted(found.items())
+    ]
+    head = ("kernel", "codes", "registers", "spills", "shared", "occupancy", "tensor", "widest load", "widest store")
+    return [*_table(head, rows), ""]
+
+
+def _name(launch: Launch) -> str:
+    """The kernel's: two modules have a ``forward_kernel``."""
+    reference = Reference.of(launch.kernel)
+    return f"{reference.module.rpartition('.')[2].lstrip('_')}.{reference.name}"
+
+
+def _range(values: Iterable[int]) -> str:
+    least, *_, most = sorted([*values] * 2)
+    return str(least) if least == most else f"{least} … {most}"
+
+
+def _shown(report: Report) -> int:
+    """The architecture whose instruction counts are printed: A100's, or the first that there is."""
+    return 80 if 80 in report.archs else report.archs[0]
+
+
+def _code_row(report: Report, label: str, results: dict[int, Compiled | Failure]) -> tuple[object, ...]:
+    cells = [_code_cell(results.get(arch)) for arch in report.archs]
+    shown = results.get(_shown(report))
+    if not isinstance(shown, Compiled):
+        return (label, "–", *cells, "–", "–", "–")
+    counts = (shown.code.tensor, shown.code.loads, shown.code.stores)
+    return (label, shown.warps, *cells, *[_counts(part) or "–" for part in counts])
+
+
+def _code_cell(result: Compiled | Failure | None) -> str:
+    if result is None:
+        return "–"
     if isinstance(result, Failure):
-        return (label, f"`{result.kernel}`", "does not compile", *[""] * 7)
-    code = result.code
-    return (
-        label,
-        f"`{result.kernel}`",
-        result.warps,
-        code.registers,
-        code.spills,
-        f"{result.shared / 1024:.1f}",
-        f"{100 * result.occupancy:.0f} %",
-        _counts(code.tensor) or "–",
-        _counts(code.loads) or "–",
-        _counts(code.stores) or "–",
-    )
+        return "does not compile"
+    spills = f", **{result.code.spills} spills**" if result.code.spills else ""
+    return f"{result.code.registers} / {result.shared / 1024:.1f} / {100 * result.occupancy:.0f}{spills}"
 
 
 def _counts(counts: dict) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import fastgan.kernels
+from fastgan.kernels._dot import planning_for
 from fastgan.kernels._launch import Launch
 from fastgan.profile import gpu_checks
 from fastgan.profile.compiled import Compiled, Failure, compile_all, specialise
@@ -100,11 +101,14 @@ def layer_traffic(layers: Iterable[Layer]) -> list[LayerTraffic]:
 
 
 def compile_launches(
-    launches: Iterable[tuple[str, Launch, int]], processes: int = 2
+    launches: Iterable[tuple[str, Launch, int]],
+    processes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[tuple[str, Launch, int, Compiled | Failure]], list[gpu_checks.Finding]]:
-    """Compile the distinct code among (label, launch, architecture) and check every launch; -> (code, findings)."""
+    """Compile the distinct code among (label, launch, architecture) and check every launch; -> (code, findings).
+    ``processes`` and ``progress`` as for :func:`fastgan.profile.compiled.compile_all`."""
     jobs = [(label, launch, specialise(launch, arch)) for label, launch, arch in launches]
-    results = compile_all([job for _, _, job in jobs], processes)
+    results = compile_all([job for _, _, job in jobs], processes, progress)
     code: dict[str, tuple[str, Launch, int, Compiled | Failure]] = {}
     findings: dict[tuple[str, str, str], gpu_checks.Finding] = {}
     for label, launch, job in jobs:
@@ -113,6 +117,25 @@ def compile_launches(
         for found in gpu_checks.check(label, launch, result):
             findings.setdefault((job.key, found.kind, found.message), found)
     return list(code.values()), list(findings.values())
+
+
+def in_turn(launches: Iterable[tuple[str, Launch]], archs: Sequence[int]) -> Iterator[tuple[str, Launch, int]]:
+    """Every distinct code for one of the architectures in turn, each kernel for all of them: what CI has time for.
+
+    Launches that share their code share its architecture, so that every launch is checked. A kernel with fewer codes
+    than there are architectures has its last one compiled for the rest of them.
+    """
+    archs_of: dict[str, int] = {}
+    last: dict[Any, tuple[int, tuple[str, Launch]]] = {}
+    for label, launch in launches:
+        key = specialise(launch, archs[0]).key
+        if key not in archs_of:
+            before = last[launch.kernel][0] if launch.kernel in last else 0
+            archs_of[key] = archs[before % len(archs)]
+            last[launch.kernel] = before + 1, (label, launch)
+        yield label, launch, archs_of[key]
+    for codes, entry in last.values():
+        yield from ((*entry, arch) for arch in archs[codes:])
 
 
 def planned_launches(traffic: Iterable[LayerTraffic]) -> Iterator[tuple[str, Launch]]:
@@ -127,7 +150,8 @@ def make_report(
     archs: Sequence[int] = tuple(ARCHITECTURES),
     layers: Sequence[Layer] | None = None,
     launches: Iterable[tuple[str, Launch]] | None = None,
-    processes: int = 2,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Count the layers, compile their launches and the shipped ones, and check them.
 
@@ -135,15 +159,28 @@ def make_report(
         archs: architectures to compile for, 80 is sm_80.
         layers: None takes :func:`fastgan.profile.gpu_layers.report_layers`.
         launches: None takes :func:`shipped_launches`.
-        processes: that compile at the same time.
+        processes: that compile at the same time; None takes one for each CPU of this process.
+        progress: called with how many distinct codes are done, and of how many.
     """
     unknown = sorted(set(archs) - set(ARCHITECTURES))
     if unknown:
         raise ValueError(f"gpu-report: arch must be among {', '.join(map(str, ARCHITECTURES))}, got {unknown}")
-    traffic = layer_traffic(report_layers() if layers is None else layers)
-    planned = [*planned_launches(traffic), *(shipped_launches() if launches is None else launches)]
-    code, findings = compile_launches([(*entry, arch) for arch in archs for entry in planned], processes)
-    return Report(tuple(archs), traffic, code, findings)
+    layers = report_layers() if layers is None else layers
+    given = None if launches is None else list(launches)
+    # Where there are no tensor cores launchers choose other tiles.
+    plans = {cores: _plan(layers, given, cores) for cores in {arch >= GATED_FROM for arch in archs}}
+    entries = [(*entry, arch) for arch in archs for entry in plans[arch >= GATED_FROM]]
+    code, findings = compile_launches(entries, processes, progress)
+    return Report(tuple(archs), layer_traffic(layers), code, findings)
+
+
+def _plan(
+    layers: Sequence[Layer], launches: Sequence[tuple[str, Launch]] | None, tensor_cores: bool
+) -> list[tuple[str, Launch]]:
+    """What is launched where there are tensor cores, or where there are none: then nothing is multiplied in TF32."""
+    with planning_for((8, 0) if tensor_cores else (7, 5)):
+        planned = [*planned_launches(layer_traffic(layers)), *(shipped_launches() if launches is None else launches)]
+    return [entry for entry in planned if tensor_cores or entry[1].constants.get("PRECISION") != "tf32"]
 
 
 def predicted_seconds(kernels: Iterable[Kernel], device: Device) -> float | None:
@@ -208,7 +245,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="architectures, 80 is sm_80 (default: all)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="write the Markdown there (default: print it)")
     parser.add_argument("--json", action="store_true", help="JSON in place of Markdown")
-    parser.add_argument("--processes", type=int, default=2, help="that compile at the same time")
+    parser.add_argument("--processes", type=int, help="that compile at the same time (default: one for each CPU)")
+
+
+def _show(done: int, total: int) -> None:
+    if done % 100 == 0 or done == total:
+        print(f"gpu-report: {done} of {total} compiled", file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -222,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
     from fastgan.profile.gpu_markdown import as_markdown
 
     try:
-        report = make_report(args.arch, processes=args.processes)
+        report = make_report(args.arch, processes=args.processes, progress=_show)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

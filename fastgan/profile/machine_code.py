@@ -46,7 +46,16 @@ class MachineCode:
     @property
     def widest_load(self) -> int:
         """Bits; a bulk copy counts as 128, code that loads nothing as 0."""
-        return max((128 if width == "TMA" else width for width in self.loads), default=0)
+        return _widest(self.loads)
+
+    @property
+    def widest_store(self) -> int:
+        """Bits, as :attr:`widest_load`."""
+        return _widest(self.stores)
+
+
+def _widest(counts: dict[int | str, int]) -> int:
+    return max((128 if width == "TMA" else int(width) for width in counts), default=0)
 
 
 def read(cubin: bytes) -> MachineCode:
