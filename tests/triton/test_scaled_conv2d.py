@@ -374,7 +374,7 @@ def test_nothing_intermediate_overflows_in_half():
 def test_the_saved_product_is_float32():
     x, weight = torch.randn(1, 4, 3, 3).half(), torch.randn(2, 4, 1, 1).half()
     pointwise = kernel.Convolution((1, 1), (0, 0), (0, 0), (1, 1), False)
-    assert kernel.plan(x, weight, None, kernel.Tail(), pointwise, save_conv=True).c.dtype == torch.float32
+    assert kernel.plan(x, weight, None, None, kernel.Tail(), pointwise, save_conv=True).c.dtype == torch.float32
 
 
 def test_offsets_beyond_32_bits():
