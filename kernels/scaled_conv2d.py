@@ -369,3 +369,18 @@ def scaled_conv2d_dot(
     for launch in planned.launches:
         launch.run()
     return planned.y, planned.sums
+
+
+def demodulated_conv2d(x, weight, style, in_scale, energy, peak, prenormalize, eps, d_gain, *rest):
+    """``fastgan::demodulated_conv2d`` on Triton: the op's arguments and result; one launch, none for an empty batch.
+    NotImplemented for float64."""
+    *tensors, stride, padding, transposed, act, alpha, gain, clamp, residual_gain = rest
+    if not _knows(x, stride, (1, 1), transposed, 1):
+        return NotImplemented
+    conv = Convolution(tuple(stride), tuple(padding), (0, 0), (1, 1), transposed)
+    scale = Demodulation(style, energy, peak, prenormalize, eps, d_gain)
+    tail = Tail(*tensors, act, alpha, gain, clamp, residual_gain)
+    planned = plan(x, weight, style if in_scale is None else in_scale, scale, tail, conv)
+    for launch in planned.launches:
+        launch.run()
+    return planned.y
