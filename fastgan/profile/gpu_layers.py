@@ -74,7 +74,7 @@ def _synthesis_fused(x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, st
 
 def _synthesis_eager(x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, strength: Tensor, bias: Tensor,
                      fir: Tensor, energy: ops.WeightEnergy, *, up: int) -> Tensor:  # fmt: skip
-    demodulation = torch.rsqrt(style.square() @ energy.energy.t() + 1e-8)
+    demodulation = torch.rsqrt(style.square() @ energy.energy.to(style.dtype).t() + 1e-8)
     y = x * style.to(x.dtype)[:, :, None, None]
     if up == 1:
         y = F.conv2d(y, weight, padding=1)
