@@ -5,6 +5,9 @@
 
 A program reads the weight of a few output channels once, keeps their energies in registers, and then goes through the
 samples; the styles, read by all, stay in the cache. With at most 8192 input channels no energy is read back.
+
+Where no gradient is recorded and the energies are known, there is no launch: :func:`demodulation_factor` runs inside
+that of the convolution.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ result into s² phases by the remainders of the pixel's coordinates: within a ph
 are the same everywhere, so each phase is an ordinary convolution with its part of the weight, and the phase is part of
 the program's number. The same kernel is the data gradient: the adjoint of a convolution is the transposed one.
 
-Forward: one launch. First-order backward: at most six, in three pairs. A pair's first launch does all the work and
-leaves one part of each sum per program, its second adds the parts in a fixed order, so that every result is bitwise the
-same every time; where there is one part there is no second launch. The pairs are the epilogue's (g, out_scale, bias,
-noise strength: epilogue_grad.py), the data's (x and in_scale: here, summed while it convolves) and the weight's
-(scaled_conv2d_weight_grad.py). They depend on each other's results, but for the second launches, which belong to
-different ops. The noise map's own gradient, which only projection into a latent space asks for, is torch's sum.
+Forward: one launch, also with demodulation from energies that are known (:class:`Demodulation`). First-order backward:
+at most six, in three pairs. A pair's first launch does all the work and leaves one part of each sum per program, its
+second adds the parts in a fixed order, so that every result is bitwise the same every time; where there is one part
+there is no second launch. The pairs are the epilogue's (g, out_scale, bias, noise strength: epilogue_grad.py), the
+data's (x and in_scale: here, summed while it convolves) and the weight's (scaled_conv2d_weight_grad.py). They depend on
+each other's results, but for the second launches, which belong to different ops. The noise map's own gradient, which
+only projection into a latent space asks for, is torch's sum.
 
 Source: implicit GEMM of Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", section 3.1; the phases
 are the sub-pixel convolution of Shi et al. 2016, arXiv 1609.07009.
@@ -141,7 +142,7 @@ class Convolution:
     dilation: tuple[int, int]
     transposed: bool
 
-    def output_hw(self, input_hw: tuple[int, int], kernel_hw: tuple[int, int]) -> tuple[int, int]:
+    def output_hw(self, input_hw: Sequence[int], kernel_hw: Sequence[int]) -> tuple[int, int]:
         """(H', W') in pixels."""
         sizes = []
         for i in (0, 1):
@@ -157,6 +158,12 @@ class Convolution:
         """Rows and columns of the largest phase; all of the result where there is one phase."""
         steps = self.stride if self.transposed else (1, 1)
         return ceil_div(output_hw[0], steps[0]), ceil_div(output_hw[1], steps[1])
+
+    def products(self, input_hw: Sequence[int], output_hw: Sequence[int], kernel_hw: Sequence[int]) -> int:
+        """Multiplications of a pair of channels in one sample: every tap meets every pixel of the convolution's small
+        side once; padding is counted as pixels."""
+        small = input_hw if self.transposed else output_hw
+        return kernel_hw[0] * kernel_hw[1] * small[0] * small[1]
 
     def adjoint(self, input_hw: tuple[int, int], kernel_hw: tuple[int, int]) -> Convolution:
         """The convolution that maps cotangents of the result back to an input of ``input_hw``, with the same weight."""
@@ -227,21 +234,20 @@ def plan(
         dot_with: [N, C_out, H', W']: sum over pixels of its product with the product before out_scale, too.
         precision: None asks torch's settings.
     """
-    kernel_hw = (weight.shape[2], weight.shape[3])
-    c_out, c_in = (weight.shape[1], weight.shape[0]) if conv.transposed else (weight.shape[0], weight.shape[1])
-    out_hw = conv.output_hw((x.shape[2], x.shape[3]), kernel_hw)
+    oihw = weight.transpose(0, 1) if conv.transposed else weight
+    c_out, c_in, *kernel_hw = oihw.shape
+    out_hw = conv.output_hw(x.shape[2:], kernel_hw)
     shape = (x.shape[0], c_out, *out_hw)
     y = empty_result(x, weight, shape, x.dtype)
     c = empty_result(x, weight, shape, torch.float32) if save_conv else x.new_empty(0, dtype=torch.float32)
     sums = x.new_empty(shape[:2] if dot_with is not None else (0,), dtype=torch.float32)
     if y.numel() == 0:
         return Planned(y, c, sums, [])
-
     precision = precision or convolution_precision(x)
     phase_hw = conv.phase_hw(out_hw)
     block = forward_block(x, precision, x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases, c_in, c_out)
-    width, joint_cost = 16 if is_channels_last(y) else 32, 1.0 if in_scale is None else 1.5
-    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=width, joint_cost=joint_cost)
+    costs = {"width": 16 if is_channels_last(y) else 32, "joint_cost": 1.0 if in_scale is None else 1.5}
+    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, **costs)
     tiles = tile.count(x.shape[0], *phase_hw)
     count = conv.phases * tiles[1] * tiles[2]
     parts = None if dot_with is None else sums if count == 1 else sums.new_empty((count, *sums.shape))
@@ -251,24 +257,20 @@ def plan(
     scales, numbers, prenormalize = _scales(in_scale, out_scale)
     numbers |= {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3], **conv.pads()}
     numbers |= {"out_h": out_hw[0], "out_w": out_hw[1], "tiles_h": tiles[1], "tiles_w": tiles[2], **tail.numbers()}
-    numbers |= {f"{name}_strides": (0, 0, 0, 0) if t is None else t.stride() for name, t in images.items()}
-    w = weight.transpose(0, 1) if conv.transposed else weight
-    numbers |= {"w_strides": w.stride()}
+    numbers |= {f"{k}_strides": (0,) * 4 if t is None else t.stride() for k, t in (images | {"w": oihw}).items()}
     constants = {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], **conv.constants(), "ACT": tail.act}
     constants |= {"PRENORMALIZE": prenormalize, "PRECISION": precision, "WIDE": needs_wide(*images.values())}
-    constants |= {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_N": block.columns}
-    # Every tap meets every pixel of the convolution's small side once; padding is counted as pixels.
-    small_hw = x.shape[2] * x.shape[3] if conv.transposed else out_hw[0] * out_hw[1]
-    taps_hw = kernel_hw[0] * kernel_hw[1] * small_hw + (1 if isinstance(out_scale, Demodulation) else 0)
+    constants |= {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w}
+    products = conv.products(x.shape[2:], out_hw, kernel_hw) + isinstance(out_scale, Demodulation)
     launch = Launch(
         conv_fwd_kernel,
         (tiles[0] * tiles[1] * tiles[2] * conv.phases * ceil_div(c_out, block.columns),),
         {f"{name}_ptr": t for name, t in (pointers | scales).items()} | numbers,
-        constants | {"BLOCK_K": block.depth},
+        constants | {"BLOCK_N": block.columns, "BLOCK_K": block.depth},
         num_warps=block.warps,
         num_stages=block.stages,
         bytes=traffic(*pointers.values(), *{id(t): t for t in scales.values()}.values()),
-        flops=2 * x.shape[0] * c_in * c_out * taps_hw,
+        flops=2 * x.shape[0] * c_in * c_out * products,
     )
     many = dot_with is not None and count > 1
     return Planned(y, c, sums, [launch, sum_parts(parts, sums, sums.numel())] if many else [launch])
