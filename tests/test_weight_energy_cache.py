@@ -194,35 +194,27 @@ def test_copies_and_files_hold_nothing_of_it() -> None:
 
 
 def test_two_threads() -> None:
-    """One samples from two weights in turn, the other from a copy's; every result is one of its own weight's."""
-    module = layer()
-    weights = [weight_of(module).detach() * factor + factor for factor in (1.0, 0.2)]
-    wanted = []
-    for weight in weights:
-        copy_into_weight(module, weight)
-        wanted.append(plain(module))
-    failures: list[str] = []
+    """Both ask at once, just after the weight has changed."""
+    module, results = layer(), []
+    for factor in (1.0, 0.2, 3.0):
+        with torch.no_grad():
+            weight_of(module).copy_(weight_of(module) * factor + factor)
+        want, barrier = plain(module), threading.Barrier(2)
+        results.clear()
 
-    def run() -> None:
-        for _ in range(50):
-            got = sample(module)[0]
-            if not any(torch.allclose(got, want, rtol=1e-4, atol=1e-4) for want in wanted):
-                failures.append("a mixture")
+        def run(barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            results.extend(sample(module)[0] for _ in range(20))
 
-    for weight in weights:
-        copy_into_weight(module, weight)
         threads = [threading.Thread(target=run) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not failures
+        assert len(results) == 40
+        for got in results:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         check(module, 0)
-
-
-@torch.no_grad()
-def copy_into_weight(module: ModulatedConv2d, weight: Tensor) -> None:
-    weight_of(module).copy_(weight)
 
 
 def test_a_layer_without_demodulation_keeps_nothing() -> None:
