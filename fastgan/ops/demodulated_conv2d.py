@@ -41,7 +41,7 @@ def demodulated_conv2d(
 
     Args:
         weight: as :func:`fastgan.ops.scaled_conv2d` takes it, x's dtype.
-        energy: of that weight before it was cast; one that does not require a gradient to be recorded.
+        energy: of that weight as it was before the cast.
         prenormalize: none, stylegan2_fp16 or stylegan3.
         input_gain: a number costs nothing; a tensor is multiplied with the style, one small kernel more.
         padding: (left, right, top, bottom), zeros; 0 if transposed.
