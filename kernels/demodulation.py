@@ -5,6 +5,9 @@
 
 A program reads the weight of a few output channels once, keeps their energies in registers, and then goes through the
 samples; the styles, read by all, stay in the cache. With at most 8192 input channels no energy is read back.
+
+Where no gradient is recorded and the energies are known, there is no launch: :func:`demodulation_factor` runs inside
+that of the convolution.
 """
 
 from __future__ import annotations
@@ -95,6 +98,62 @@ def demodulation_kernel(
         if pid == 0:
             tl.store(in_scale_ptr + sample * c_in + i, s, mask=i < c_in)
             tl.store(style_level_ptr + sample, style_level)
+
+
+@triton.jit
+def style_unit(style_ptr, sample, n, c_in, PRENORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """What ``prenormalize`` divides the styles of one sample by, √l; a scalar."""
+    k = tl.arange(0, BLOCK)
+    if PRENORMALIZE == "stylegan2_fp16":
+        most = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, c_in, BLOCK):
+            i = start + k
+            s = tl.load(style_ptr + sample * c_in + i, mask=(sample < n) & (i < c_in), other=0.0)
+            most = tl.maximum(most, tl.abs(s))
+        return one_for_zero(tl.max(most, axis=0))
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n * c_in, BLOCK):
+        s = tl.load(style_ptr + start + k, mask=start + k < n * c_in, other=0.0)
+        total += s * s
+    return tl.sqrt(one_for_zero(tl.sum(total, axis=0) / (n * c_in)))
+
+
+@triton.jit
+def demodulation_factor(
+    style_ptr,  # [N, C_in] float32, contiguous
+    energy_ptr,  # [C_out, C_in] float32, contiguous
+    peak_ptr,  # [C_out] float32: C_in · TAPS · max |weight[o]|²; read for stylegan2_fp16 only
+    sample,  # scalar int64
+    o,  # [BLOCK_O]
+    n, c_in, c_out, TAPS: tl.constexpr, eps, PRENORMALIZE: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """d[sample, o] / √l[sample], [BLOCK_O] float32: what a convolution of style · x is to be multiplied by.
+
+    The style itself, not the normalised one, scales the input then, and √l is made up for here. Any value beyond N and
+    C_out.
+    """
+    # 64 input channels are 256 bytes of a row of energies, and few enough sums to keep beside a tile of products.
+    BLOCK_I: tl.constexpr = 64
+    unit = 1.0
+    if PRENORMALIZE != "none":
+        unit = style_unit(style_ptr, sample, n, c_in, PRENORMALIZE, 1024)
+    k = tl.arange(0, BLOCK_I)
+    energy_row = energy_ptr + (o.to(tl.int64) * c_in)[:, None]
+    power = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    mass = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for start in range(0, c_in, BLOCK_I):
+        i = start + k
+        s = tl.load(style_ptr + sample * c_in + i, mask=(sample < n) & (i < c_in), other=0.0) / unit
+        energy = tl.load(energy_row + i[None, :], mask=(o < c_out)[:, None] & (i < c_in)[None, :], other=0.0)
+        power += energy * (s * s)[None, :]
+        if PRENORMALIZE == "stylegan3":
+            mass += energy
+    level = tl.full([BLOCK_O], 1.0, tl.float32)
+    if PRENORMALIZE == "stylegan2_fp16":
+        level = tl.load(peak_ptr + o, mask=o < c_out, other=1.0)
+    elif PRENORMALIZE == "stylegan3":
+        level = one_for_zero(tl.sum(mass, axis=1) / (c_in * TAPS))
+    return 1.0 / (unit * tl.sqrt(tl.sum(power, axis=1) + eps * level))
 
 
 def plan(

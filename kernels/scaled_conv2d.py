@@ -8,12 +8,13 @@ result into s² phases by the remainders of the pixel's coordinates: within a ph
 are the same everywhere, so each phase is an ordinary convolution with its part of the weight, and the phase is part of
 the program's number. The same kernel is the data gradient: the adjoint of a convolution is the transposed one.
 
-Forward: one launch. First-order backward: at most six, in three pairs. A pair's first launch does all the work and
-leaves one part of each sum per program, its second adds the parts in a fixed order, so that every result is bitwise the
-same every time; where there is one part there is no second launch. The pairs are the epilogue's (g, out_scale, bias,
-noise strength: epilogue_grad.py), the data's (x and in_scale: here, summed while it convolves) and the weight's
-(scaled_conv2d_weight_grad.py). They depend on each other's results, but for the second launches, which belong to
-different ops. The noise map's own gradient, which only projection into a latent space asks for, is torch's sum.
+Forward: one launch, also with demodulation from energies that are known (:class:`Demodulation`). First-order backward:
+at most six, in three pairs. A pair's first launch does all the work and leaves one part of each sum per program, its
+second adds the parts in a fixed order, so that every result is bitwise the same every time; where there is one part
+there is no second launch. The pairs are the epilogue's (g, out_scale, bias, noise strength: epilogue_grad.py), the
+data's (x and in_scale: here, summed while it convolves) and the weight's (scaled_conv2d_weight_grad.py). They depend on
+each other's results, but for the second launches, which belong to different ops. The noise map's own gradient, which
+only projection into a latent space asks for, is torch's sum.
 
 Source: implicit GEMM of Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", section 3.1; the phases
 are the sub-pixel convolution of Shi et al. 2016, arXiv 1609.07009.
@@ -23,18 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._activation import activate
-from ._dot import convolution_precision, dot
+from ._conv_tile import conv_product, finish, tile_pixels
+from ._dot import convolution_precision
 from ._launch import Launch
-from ._layers import shipped_layers
+from ._layers import Layer, Variant, shipped_layers
 from ._sum_parts import sum_parts
+from ._tail import Tail
 from ._tiles import (
     ceil_div,
     empty_result,
@@ -44,33 +46,9 @@ from ._tiles import (
     pixel_tile,
     traffic,
 )
+from .demodulation import demodulation_factor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@triton.jit
-def taps_of_phase(
-    phase, pad, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr
-):
-    """Along one axis: the first tap that meets a pixel of this phase, and the input coordinate that it meets there
-    from result coordinate 0. Following taps are STRIDE apart, the coordinates they meet one less each."""
-    if TRANSPOSED:
-        # coordinate = (phase + pad - tap · DILATION) / STRIDE must be whole; DILATION is 1 where STRIDE is not.
-        first = (phase + pad) % STRIDE
-        return first, (phase + pad - first) // STRIDE
-    return 0, -pad
-
-
-@triton.jit
-def scale_peak(scale, stride_c, c_in, keep, BLOCK_K: tl.constexpr):
-    """max |scale| over C_in per row of ``scale`` (pointers [M, 1]), 1 where that is 0."""
-    k = tl.arange(0, BLOCK_K)
-    peak = tl.max(tl.zeros_like(keep).to(tl.float32) + tl.zeros([1, BLOCK_K], tl.float32), axis=1, keep_dims=True)
-    for start in range(0, c_in, BLOCK_K):
-        c = start + k[None, :]
-        s = tl.load(scale + c * stride_c, mask=keep & (c < c_in), other=0.0)
-        peak = tl.maximum(peak, tl.max(tl.abs(s), axis=1, keep_dims=True))
-    return tl.where(peak == 0.0, 1.0, peak)
 
 
 @triton.jit
@@ -79,6 +57,7 @@ def conv_fwd_kernel(
     w_ptr,  # [C_out, C_in, KERNEL_H, KERNEL_W] by its strides, also for a transposed convolution
     in_scale_ptr,  # [N or 1, C_in or 1] float32, or None
     out_scale_ptr,  # [N or 1, C_out or 1] float32, or None
+    style_ptr, energy_ptr, peak_ptr,  # in place of out_scale: what demodulation_factor takes, or None
     noise_ptr,  # [N or 1, 1, H', W'] float32, dense, or None
     strength_ptr,  # [] float32, or None
     bias_ptr,  # [C_out] float32, or None
@@ -87,173 +66,69 @@ def conv_fwd_kernel(
     c_ptr,  # like y, float32: the product before out_scale, or None
     dot_ptr,  # like y by its own strides: to multiply the product with and sum over pixels, or None
     parts_ptr,  # [phases · tiles of a sample, N, C_out] float32: those sums per tile
-    n,
-    c_in,
-    c_out,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    w_stride_o,
-    w_stride_i,
-    w_stride_h,
-    w_stride_w,
-    in_scale_stride_n,
-    in_scale_stride_c,
-    out_scale_stride_n,
-    out_scale_stride_c,
-    noise_stride_n,
-    residual_stride_n,
-    residual_stride_c,
-    residual_stride_h,
-    residual_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_h,
-    y_stride_w,
-    dot_stride_n,
-    dot_stride_c,
-    dot_stride_h,
-    dot_stride_w,
-    pad_h,
-    pad_w,
-    alpha,
-    gain,
-    clamp,
-    residual_gain,
-    tiles_h,
-    tiles_w,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    n, c_in, c_out, in_h, in_w, out_h, out_w,
+    x_strides, w_strides, residual_strides, y_strides, dot_strides,  # four each: (N, C, H, W), w's (O, I, H, W)
+    in_scale_strides, out_scale_strides,  # (N, C)
+    noise_stride_n, pad_h, pad_w, eps, d_gain, alpha, gain, clamp, residual_gain, tiles_h, tiles_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, TRANSPOSED: tl.constexpr, ACT: tl.constexpr,
+    PRENORMALIZE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile: BLOCK_S samples × BLOCK_H × BLOCK_W pixels of one phase × BLOCK_N channels of the result.
 
     Channel tiles are the fastest part of the program's number, then phases, then columns, rows, samples: what runs at
-    the same time reads the same input pixels. In float16, in_scale is divided by its largest magnitude per sample
-    before it multiplies x and the sums are multiplied by that again: x · in_scale in half may overflow where the
-    layer's result does not.
+    the same time reads the same input pixels. With ``energy_ptr``, every program works out the factors of its own
+    channels and samples: C_in multiplications for each, where a pixel takes C_in · KERNEL_H · KERNEL_W.
     """
     BLOCK_M: tl.constexpr = BLOCK_S * BLOCK_H * BLOCK_W
+    PHASES_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
     PHASES_W: tl.constexpr = STRIDE_W if TRANSPOSED else 1
-    PHASES: tl.constexpr = STRIDE_H * STRIDE_W if TRANSPOSED else 1
     tiles_c = tl.cdiv(c_out, BLOCK_N)
-    pid = tl.program_id(0)
-    o = pid % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
-    pid = pid // tiles_c
-    part = pid % (PHASES * tiles_w * tiles_h)
-    phase_h, phase_w = pid % PHASES // PHASES_W, pid % PHASES_W
-    pid = pid // PHASES
-    m = tl.arange(0, BLOCK_M)
-    q_w = pid % tiles_w * BLOCK_W + m % BLOCK_W
-    pid = pid // tiles_w
-    q_h = pid % tiles_h * BLOCK_H + m // BLOCK_W % BLOCK_H
-    # A scalar where a tile is within one sample: then a scale is one vector of channels instead of a matrix.
-    first_sample = (pid // tiles_h).to(tl.int64) * BLOCK_S
-    sample = first_sample + tl.zeros([1, 1], tl.int64)
-    if BLOCK_S > 1:
-        sample = first_sample + (m // (BLOCK_W * BLOCK_H))[:, None]
-    k = tl.arange(0, BLOCK_K)
+    o = tl.program_id(0) % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.program_id(0) // tiles_c
+    part = pid % (PHASES_H * PHASES_W * tiles_w * tiles_h)
+    phase_h, phase_w, q_h, q_w, first_sample, sample = tile_pixels(
+        pid, tiles_h, tiles_w, PHASES_H, PHASES_W, BLOCK_S, BLOCK_H, BLOCK_W
+    )
     if WIDE:
-        q_h, q_w, o, k = q_h.to(tl.int64), q_w.to(tl.int64), o.to(tl.int64), k.to(tl.int64)
-
-    first_h, base_h = taps_of_phase(phase_h, pad_h, KERNEL_H, STRIDE_H, DILATION_H, TRANSPOSED)
-    first_w, base_w = taps_of_phase(phase_w, pad_w, KERNEL_W, STRIDE_W, DILATION_W, TRANSPOSED)
-    TAP_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
-    TAP_W: tl.constexpr = STRIDE_W if TRANSPOSED else 1
-    if KERNEL_H % TAP_H == 0 and KERNEL_W % TAP_W == 0:
-        taps_w: tl.constexpr = KERNEL_W // TAP_W
-        taps: tl.constexpr = KERNEL_H // TAP_H * taps_w
-    else:
-        taps_w = tl.cdiv(KERNEL_W - first_w, TAP_W)
-        taps = tl.cdiv(KERNEL_H - first_h, TAP_H) * taps_w
-    STEP_H: tl.constexpr = -DILATION_H if TRANSPOSED else DILATION_H
-    STEP_W: tl.constexpr = -DILATION_W if TRANSPOSED else DILATION_W
-    from_h = q_h * (1 if TRANSPOSED else STRIDE_H) + base_h
-    from_w = q_w * (1 if TRANSPOSED else STRIDE_W) + base_w
-
+        q_h, q_w, o = q_h.to(tl.int64), q_w.to(tl.int64), o.to(tl.int64)
     in_batch = sample < n
-    x_row = x_ptr + sample * x_stride_n
-    if in_scale_ptr is not None:
-        in_scale_row = in_scale_ptr + sample * in_scale_stride_n
-        if x_ptr.dtype.element_ty == tl.float16:
-            peak = scale_peak(in_scale_row, in_scale_stride_c, c_in, in_batch, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(taps * tl.cdiv(c_in, BLOCK_K)):
-        # Taps are the fast index: the pixels that neighbouring taps share are still in the cache.
-        tap = step % taps
-        tap_h, tap_w = tap // taps_w, tap % taps_w
-        i = step // taps * BLOCK_K + k
-        h = from_h + tap_h * STEP_H
-        w = from_w + tap_w * STEP_W
-        inside = (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-        a = tl.load(
-            x_row + (h * x_stride_h + w * x_stride_w)[:, None] + (i * x_stride_c)[None, :],
-            mask=inside[:, None] & in_batch & (i < c_in)[None, :],
-            other=0.0,
-        )
-        w_tap = w_ptr + (first_h + tap_h * TAP_H) * w_stride_h + (first_w + tap_w * TAP_W) * w_stride_w
-        b = tl.load(
-            w_tap + (i * w_stride_i)[:, None] + (o * w_stride_o)[None, :],
-            mask=(i < c_in)[:, None] & (o < c_out)[None, :],
-            other=0.0,
-        )
-        if in_scale_ptr is not None:
-            scale = tl.load(
-                in_scale_row + (i * in_scale_stride_c)[None, :], mask=in_batch & (i < c_in)[None, :], other=0.0
-            )
-            if x_ptr.dtype.element_ty == tl.float16:
-                scale = scale / peak
-            a = (a.to(tl.float32) * scale).to(a.dtype)
-        acc = dot(a, b, acc, PRECISION)
+    acc = conv_product(
+        x_ptr, w_ptr, in_scale_ptr, sample, in_batch, q_h, q_w, phase_h, phase_w, o, c_in, c_out, in_h, in_w, x_strides,
+        w_strides, in_scale_strides, pad_h, pad_w, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W,
+        TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
-    oh = q_h * (STRIDE_H if TRANSPOSED else 1) + phase_h
-    ow = q_w * (STRIDE_W if TRANSPOSED else 1) + phase_w
-    valid_row = ((oh < out_h) & (ow < out_w))[:, None] & in_batch
+    row, column = q_h * PHASES_H + phase_h, q_w * PHASES_W + phase_w
+    valid_row = ((row < out_h) & (column < out_w))[:, None] & in_batch
     valid = valid_row & (o < c_out)[None, :]
-    if in_scale_ptr is not None and x_ptr.dtype.element_ty == tl.float16:
-        acc *= peak
-    y_at = sample * y_stride_n + (oh * y_stride_h + ow * y_stride_w)[:, None] + (o * y_stride_c)[None, :]
+    y_at = sample * y_strides[0] + (row * y_strides[2] + column * y_strides[3])[:, None] + (o * y_strides[1])[None, :]
     if c_ptr is not None:
         tl.store(c_ptr + y_at, acc, mask=valid)
     if dot_ptr is not None:
-        at = sample * dot_stride_n + (oh * dot_stride_h + ow * dot_stride_w)[:, None] + (o * dot_stride_c)[None, :]
+        pixel = (row * dot_strides[2] + column * dot_strides[3])[:, None]
+        at = sample * dot_strides[0] + pixel + (o * dot_strides[1])[None, :]
         dotted = tl.where(valid, acc * tl.load(dot_ptr + at, mask=valid, other=0.0).to(tl.float32), 0.0)
         dotted = tl.sum(tl.reshape(dotted, [BLOCK_S, BLOCK_H * BLOCK_W, BLOCK_N]), axis=1)
         s = (first_sample + tl.arange(0, BLOCK_S))[:, None]
         at = (part.to(tl.int64) * n + s) * c_out + o[None, :]
         tl.store(parts_ptr + at, dotted, mask=(s < n) & (o < c_out)[None, :])
     if out_scale_ptr is not None:
-        at = sample * out_scale_stride_n + (o * out_scale_stride_c)[None, :]
+        at = sample * out_scale_strides[0] + (o * out_scale_strides[1])[None, :]
         acc *= tl.load(out_scale_ptr + at, mask=in_batch & (o < c_out)[None, :], other=0.0)
-    if noise_ptr is not None:
-        noise = tl.load(noise_ptr + sample * noise_stride_n + (oh * out_w + ow)[:, None], mask=valid_row, other=0.0)
-        if strength_ptr is not None:
-            noise *= tl.load(strength_ptr)
-        acc += noise
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, mask=o < c_out, other=0.0)[None, :]
-    acc = activate(acc, ACT, alpha, gain, clamp)
-    if residual_ptr is not None:
-        at = sample * residual_stride_n + (oh * residual_stride_h + ow * residual_stride_w)[:, None]
-        residual = tl.load(residual_ptr + at + (o * residual_stride_c)[None, :], mask=valid, other=0.0)
-        acc += residual_gain * residual.to(tl.float32)
+    if energy_ptr is not None:
+        # A tile of few pixels joins samples: one after the other, so that no factor is ever held for each pixel.
+        for s in range(BLOCK_S):
+            d = demodulation_factor(
+                style_ptr, energy_ptr, peak_ptr, first_sample + s, o, n, c_in, c_out, KERNEL_H * KERNEL_W, eps,
+                PRENORMALIZE, BLOCK_N,
+            )  # fmt: skip
+            acc = tl.where(sample == first_sample + s, acc * (d * d_gain)[None, :], acc)
+    acc = finish(
+        acc, sample, row, column, o, valid_row, valid, c_out, out_w, noise_ptr, strength_ptr, bias_ptr, residual_ptr,
+        noise_stride_n, residual_strides, alpha, gain, clamp, residual_gain, ACT,
+    )  # fmt: skip
     tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), mask=valid)
 
 
@@ -267,7 +142,7 @@ class Convolution:
     dilation: tuple[int, int]
     transposed: bool
 
-    def output_hw(self, input_hw: tuple[int, int], kernel_hw: tuple[int, int]) -> tuple[int, int]:
+    def output_hw(self, input_hw: Sequence[int], kernel_hw: Sequence[int]) -> tuple[int, int]:
         """(H', W') in pixels."""
         sizes = []
         for i in (0, 1):
@@ -283,6 +158,12 @@ class Convolution:
         """Rows and columns of the largest phase; all of the result where there is one phase."""
         steps = self.stride if self.transposed else (1, 1)
         return ceil_div(output_hw[0], steps[0]), ceil_div(output_hw[1], steps[1])
+
+    def products(self, input_hw: Sequence[int], output_hw: Sequence[int], kernel_hw: Sequence[int]) -> int:
+        """Multiplications of a pair of channels in one sample: every tap meets every pixel of the convolution's small
+        side once; padding is counted as pixels."""
+        small = input_hw if self.transposed else output_hw
+        return kernel_hw[0] * kernel_hw[1] * small[0] * small[1]
 
     def adjoint(self, input_hw: tuple[int, int], kernel_hw: tuple[int, int]) -> Convolution:
         """The convolution that maps cotangents of the result back to an input of ``input_hw``, with the same weight."""
@@ -307,25 +188,21 @@ class Convolution:
         return self.stride[0] * self.stride[1] if self.transposed else 1
 
 
-@dataclass(frozen=True)
-class Tail:
-    """What follows the product, in the order of the op's schema; tensors as the op's ``kernel_tensors`` gives them."""
+class Demodulation(NamedTuple):
+    """An out_scale that the convolution's launch works out itself: gain · d / unit, as :func:`demodulation_factor`
+    says."""
 
-    out_scale: Tensor | None = None
-    noise: Tensor | None = None
-    noise_strength: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    act: str = "linear"
-    alpha: float = 0.0
+    style: Tensor  # [N, C_in] float32, contiguous
+    energy: Tensor  # [C_out, C_in] float32, contiguous
+    peak: Tensor  # [C_out] float32, contiguous
+    prenormalize: str
+    eps: float
     gain: float = 1.0
-    clamp: float | None = None
-    residual_gain: float = 1.0
 
-    def numbers(self) -> dict[str, float | None]:
-        """The kernel's run-time numbers."""
-        gains = {"gain": self.gain, "residual_gain": self.residual_gain}
-        return {"alpha": self.alpha, "clamp": self.clamp, **gains}
+    def pointers(self) -> dict[str, Tensor | None]:
+        """The kernel's tensors."""
+        peak = self.peak if self.prenormalize == "stylegan2_fp16" else None
+        return {"style": self.style, "energy": self.energy, "peak": peak}
 
 
 class Planned(NamedTuple):
@@ -342,6 +219,7 @@ def plan(
     x: Tensor,
     weight: Tensor,
     in_scale: Tensor | None,
+    out_scale: Tensor | Demodulation | None,
     tail: Tail,
     conv: Convolution,
     *,
@@ -356,78 +234,77 @@ def plan(
         dot_with: [N, C_out, H', W']: sum over pixels of its product with the product before out_scale, too.
         precision: None asks torch's settings.
     """
-    kernel_hw = (weight.shape[2], weight.shape[3])
-    c_out, c_in = (weight.shape[1], weight.shape[0]) if conv.transposed else (weight.shape[0], weight.shape[1])
-    out_hw = conv.output_hw((x.shape[2], x.shape[3]), kernel_hw)
+    oihw = weight.transpose(0, 1) if conv.transposed else weight
+    c_out, c_in, *kernel_hw = oihw.shape
+    out_hw = conv.output_hw(x.shape[2:], kernel_hw)
     shape = (x.shape[0], c_out, *out_hw)
     y = empty_result(x, weight, shape, x.dtype)
     c = empty_result(x, weight, shape, torch.float32) if save_conv else x.new_empty(0, dtype=torch.float32)
     sums = x.new_empty(shape[:2] if dot_with is not None else (0,), dtype=torch.float32)
     if y.numel() == 0:
         return Planned(y, c, sums, [])
-
     precision = precision or convolution_precision(x)
     phase_hw = conv.phase_hw(out_hw)
     block = forward_block(x, precision, x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases, c_in, c_out)
-    width, joint_cost = 16 if is_channels_last(y) else 32, 1.0 if in_scale is None else 1.5
-    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, width=width, joint_cost=joint_cost)
+    costs = {"width": 16 if is_channels_last(y) else 32, "joint_cost": 1.0 if in_scale is None else 1.5}
+    tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, **costs)
     tiles = tile.count(x.shape[0], *phase_hw)
     count = conv.phases * tiles[1] * tiles[2]
     parts = None if dot_with is None else sums if count == 1 else sums.new_empty((count, *sums.shape))
     images = {"x": x, "y": y, "residual": tail.residual, "dot": dot_with}
-    pointers = {"w": weight, "in_scale": in_scale, "out_scale": tail.out_scale, "noise": tail.noise, "bias": tail.bias}
-    pointers |= {"strength": tail.noise_strength, "c": c if save_conv else None, "parts": parts, **images}
-    numbers = {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3], **conv.pads()}
+    pointers = {"w": weight, "noise": tail.noise, "strength": tail.noise_strength, "bias": tail.bias}
+    pointers |= {"c": c if save_conv else None, "parts": parts, **images}
+    scales, numbers, prenormalize = _scales(in_scale, out_scale)
+    numbers |= {"n": x.shape[0], "c_in": c_in, "c_out": c_out, "in_h": x.shape[2], "in_w": x.shape[3], **conv.pads()}
     numbers |= {"out_h": out_hw[0], "out_w": out_hw[1], "tiles_h": tiles[1], "tiles_w": tiles[2], **tail.numbers()}
-    numbers |= _strides(images, weight, in_scale, tail, conv.transposed)
+    numbers |= {f"{k}_strides": (0,) * 4 if t is None else t.stride() for k, t in (images | {"w": oihw}).items()}
     constants = {"KERNEL_H": kernel_hw[0], "KERNEL_W": kernel_hw[1], **conv.constants(), "ACT": tail.act}
-    constants |= {"PRECISION": precision, "WIDE": needs_wide(*images.values()), "BLOCK_N": block.columns}
-    constants |= {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w, "BLOCK_K": block.depth}
-    # Every tap meets every pixel of the convolution's small side once; padding is counted as pixels.
-    small_hw = x.shape[2] * x.shape[3] if conv.transposed else out_hw[0] * out_hw[1]
+    constants |= {"PRENORMALIZE": prenormalize, "PRECISION": precision, "WIDE": needs_wide(*images.values())}
+    constants |= {"BLOCK_S": tile.s, "BLOCK_H": tile.h, "BLOCK_W": tile.w}
+    products = conv.products(x.shape[2:], out_hw, kernel_hw) + isinstance(out_scale, Demodulation)
     launch = Launch(
         conv_fwd_kernel,
         (tiles[0] * tiles[1] * tiles[2] * conv.phases * ceil_div(c_out, block.columns),),
-        {f"{name}_ptr": t for name, t in pointers.items()} | numbers,
-        constants,
+        {f"{name}_ptr": t for name, t in (pointers | scales).items()} | numbers,
+        constants | {"BLOCK_N": block.columns, "BLOCK_K": block.depth},
         num_warps=block.warps,
         num_stages=block.stages,
-        bytes=traffic(*pointers.values()),
-        flops=2 * x.shape[0] * small_hw * c_in * c_out * kernel_hw[0] * kernel_hw[1],
+        bytes=traffic(*pointers.values(), *{id(t): t for t in scales.values()}.values()),
+        flops=2 * x.shape[0] * c_in * c_out * products,
     )
     many = dot_with is not None and count > 1
     return Planned(y, c, sums, [launch, sum_parts(parts, sums, sums.numel())] if many else [launch])
 
 
-def _strides(
-    images: dict[str, Tensor | None], weight: Tensor, in_scale: Tensor | None, tail: Tail, transposed: bool
-) -> dict[str, int]:
-    """All strides in elements; 0 where a tensor is None or is broadcast."""
-    strides: dict[str, int] = {}
-    for name, t in images.items():
-        values = (0, 0, 0, 0) if t is None else t.stride()
-        strides |= {f"{name}_stride_{axis}": value for axis, value in zip("nchw", values, strict=True)}
-    for axis, value in zip("iohw" if transposed else "oihw", weight.stride(), strict=True):
-        strides[f"w_stride_{axis}"] = value
-    for name, t in (("in_scale", in_scale), ("out_scale", tail.out_scale)):
-        for dim, axis in enumerate("nc"):
-            strides[f"{name}_stride_{axis}"] = 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
-    noise = tail.noise
-    strides["noise_stride_n"] = 0 if noise is None or noise.shape[0] == 1 else noise.stride(0)
-    return strides
+def _scales(
+    in_scale: Tensor | None, out_scale: Tensor | Demodulation | None
+) -> tuple[dict[str, Tensor | None], dict[str, Any], str]:
+    """The kernel's tensors and numbers of the scales, strides being 0 where a scale is broadcast; PRENORMALIZE."""
+    inside = out_scale if isinstance(out_scale, Demodulation) else None
+    given = None if isinstance(out_scale, Demodulation) else out_scale
+    pointers: dict[str, Tensor | None] = {"in_scale": in_scale, "out_scale": given}
+    numbers: dict[str, Any] = {
+        f"{name}_strides": (0, 0) if t is None else tuple(0 if t.shape[d] == 1 else t.stride(d) for d in (0, 1))
+        for name, t in pointers.items()
+    }
+    if inside is None:
+        nothing = {"style": None, "energy": None, "peak": None}
+        return pointers | nothing, numbers | {"eps": 0.0, "d_gain": 1.0}, "none"
+    return pointers | inside.pointers(), numbers | {"eps": inside.eps, "d_gain": inside.gain}, inside.prenormalize
 
 
 def shipped() -> Iterator[tuple[str, list[Launch]]]:
-    """(label, launches) of every layer in :mod:`fastgan.kernels._layers`: its forward as inference runs it; in float16
-    also as training does, which saves the product, and its data gradient with that of in_scale."""
+    """(label, launches) of every layer in :mod:`fastgan.kernels._layers`: its forward as inference runs it, a modulated
+    layer's with demodulation inside; in float16 also as training does, which saves the product, and its data gradient
+    with that of in_scale."""
     for label, layer, variant in shipped_layers():
         conv = Convolution((layer.stride,) * 2, (layer.padding,) * 2, (0, 0), (1, 1), layer.transposed)
         x = variant.image(layer.batch, layer.c_in, layer.size, layer.size)
         weight = variant.image(*layer.weight_shape)
         out_hw = conv.output_hw((layer.size, layer.size), (layer.kernel, layer.kernel))
         in_scale = variant.wide(layer.batch, layer.c_in) if layer.modulated else None
+        inference, training = _shipped_scales(layer, variant, in_scale)
         tail = Tail(
-            out_scale=variant.wide(layer.batch if layer.modulated else 1, layer.c_out) if layer.demodulated else None,
             noise=variant.wide(1, 1, *out_hw) if layer.noise else None,
             noise_strength=variant.wide() if layer.noise else None,
             bias=variant.wide(layer.c_out) if layer.bias else None,
@@ -436,14 +313,30 @@ def shipped() -> Iterator[tuple[str, list[Launch]]]:
             gain=layer.gain,
             clamp=layer.clamp,
         )
-        for save_conv in (False, True) if layer.demodulated and variant.dtype == torch.float16 else (False,):
-            planned = plan(x, weight, in_scale, tail, conv, save_conv=save_conv, precision=variant.precision)
-            yield f"{label}{' saving the product' if save_conv else ''}", planned.launches
+        planned = plan(x, weight, in_scale, inference, tail, conv, precision=variant.precision)
+        yield label, planned.launches
         if variant.dtype == torch.float16:
+            if layer.demodulated:
+                saving = plan(x, weight, in_scale, training, tail, conv, save_conv=True, precision=variant.precision)
+                yield f"{label} saving the product", saving.launches
             back = conv.adjoint((layer.size, layer.size), (layer.kernel, layer.kernel))
-            scales, dot_with = (tail.out_scale, Tail(out_scale=in_scale)), x if layer.modulated else None
-            planned = plan(planned.y, weight, *scales, back, dot_with=dot_with, precision=variant.precision)
-            yield f"{label} data gradient", planned.launches
+            options = {"dot_with": x if layer.modulated else None, "precision": variant.precision}
+            gradient = plan(planned.y, weight, training, in_scale, Tail(), back, **options)
+            yield f"{label} data gradient", gradient.launches
+
+
+def _shipped_scales(
+    layer: Layer, variant: Variant, in_scale: Tensor | None
+) -> tuple[Tensor | Demodulation | None, Tensor | None]:
+    """out_scale in inference and in training."""
+    if not layer.demodulated:
+        return None, None
+    training = variant.wide(layer.batch if layer.modulated else 1, layer.c_out)
+    if in_scale is None:
+        return training, training
+    kind = "stylegan2_fp16" if variant.dtype == torch.float16 else "none"
+    energy, peak = variant.wide(layer.c_out, layer.c_in), variant.wide(layer.c_out)
+    return Demodulation(in_scale, energy, peak, kind, 1e-8), training
 
 
 def _knows(x: Tensor, stride: Sequence[int], dilation: Sequence[int], transposed: bool, groups: int) -> bool:
@@ -459,8 +352,8 @@ def scaled_conv2d(x, weight, in_scale, out_scale, noise, noise_strength, bias, r
     if not _knows(x, stride, dilation, transposed, groups):
         return NotImplemented
     conv = Convolution(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), transposed)
-    tail = Tail(out_scale, noise, noise_strength, bias, residual, *pointwise, residual_gain)
-    planned = plan(x, weight, in_scale, tail, conv, save_conv=save_conv)
+    tail = Tail(noise, noise_strength, bias, residual, *pointwise, residual_gain)
+    planned = plan(x, weight, in_scale, out_scale, tail, conv, save_conv=save_conv)
     for launch in planned.launches:
         launch.run()
     return planned.y, planned.c
@@ -474,7 +367,22 @@ def scaled_conv2d_dot(
     if not _knows(x, stride, dilation, transposed, groups):
         return NotImplemented
     conv = Convolution(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), transposed)
-    planned = plan(x, weight, in_scale, Tail(out_scale=out_scale), conv, dot_with=dot_with)
+    planned = plan(x, weight, in_scale, out_scale, Tail(), conv, dot_with=dot_with)
     for launch in planned.launches:
         launch.run()
     return planned.y, planned.sums
+
+
+def demodulated_conv2d(x, weight, style, in_scale, energy, peak, prenormalize, eps, d_gain, *rest):
+    """``fastgan::demodulated_conv2d`` on Triton: the op's arguments and result; one launch, none for an empty batch.
+    NotImplemented for float64."""
+    *tensors, stride, padding, transposed, act, alpha, gain, clamp, residual_gain = rest
+    if not _knows(x, stride, (1, 1), transposed, 1):
+        return NotImplemented
+    conv = Convolution(tuple(stride), tuple(padding), (0, 0), (1, 1), transposed)
+    scale = Demodulation(style, energy, peak, prenormalize, eps, d_gain)
+    tail = Tail(*tensors, act, alpha, gain, clamp, residual_gain)
+    planned = plan(x, weight, style if in_scale is None else in_scale, scale, tail, conv)
+    for launch in planned.launches:
+        launch.run()
+    return planned.y

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._activation import activate
 from ._launch import Launch
+from ._tail import Tail
 from ._tiles import ceil_div, needs_wide, pixel_tile, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -223,21 +224,6 @@ class Resampling:
         return sizes[0], sizes[1]
 
 
-@dataclass(frozen=True)
-class Tail:
-    """The epilogue in the order of the op's schema; tensors as the op gives them."""
-
-    noise: Tensor | None = None
-    noise_strength: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    act: str = "linear"
-    alpha: float = 0.0
-    gain: float = 1.0
-    clamp: float | None = None
-    residual_gain: float = 1.0
-
-
 def plan(x: Tensor, f: Tensor | None, resampling: Resampling, tail: Tail) -> tuple[Tensor, Launch | None]:
     """The result, laid out as ``x``, and the launch that fills it; None if it is empty. Works on meta tensors."""
     taps = (1, 1) if f is None else (f.shape[-1], f.shape[0])
@@ -262,15 +248,13 @@ def plan(x: Tensor, f: Tensor | None, resampling: Resampling, tail: Tail) -> tup
         | {"residual_ptr": residual, "y_ptr": y, "c": c, "in_h": x.shape[2], "in_w": x.shape[3]}
         | {"height": height, "width": width}
         | {f"x_stride_{axis}": value for axis, value in zip("nchw", x.stride(), strict=True)}
-        | {"noise_stride_n": 0 if noise is None or noise.shape[0] == 1 else noise.stride(0)}
         | {
             f"residual_stride_{axis}": value
             for axis, value in zip("nchw", (0, 0, 0, 0) if residual is None else residual.stride(), strict=True)
         }
         | {f"y_stride_{axis}": value for axis, value in zip("nchw", y.stride(), strict=True)}
         | {"pad_h": resampling.padding[2], "pad_w": resampling.padding[0], "tiles_h": tiles_h, "tiles_w": tiles_w}
-        | {"fir_gain": resampling.gain, "alpha": tail.alpha, "gain": tail.gain, "clamp": tail.clamp}
-        | {"residual_gain": tail.residual_gain}
+        | {"fir_gain": resampling.gain, **tail.numbers()}
     )
     constants = (
         {"TAPS_H": taps[1], "TAPS_W": taps[0], "UP_H": up_h, "UP_W": up_w, "DOWN_H": down_h, "DOWN_W": down_w}

@@ -435,6 +435,14 @@ def test_opcheck_of_demodulation(kind: str, save_energy: bool) -> None:
         ({"prenormalize": "sg4"}, "prenormalize must be one of auto, none, stylegan2_fp16, stylegan3, got 'sg4'"),
         ({"input_gain": torch.ones(3)}, r"input_gain must be a number, 0-dim, \[C_in\] = \[5\].*got \[3\]"),
         ({"resample_filter": torch.ones(1, 2, 3)}, r"resample_filter must be \[taps\] or \[fh, fw\].*\[1, 2, 3\]"),
+        (
+            {"weight_energy": ops.WeightEnergy(torch.ones(4, 4), torch.ones(4))},
+            r"weight_energy.energy must be \[4, 5\], got \[4, 4\]",
+        ),
+        (
+            {"weight_energy": ops.WeightEnergy(torch.ones(4, 5), torch.ones(5))},
+            r"weight_energy.peak must be \[4\], got \[5\]",
+        ),
         ({"epilogue": ops.Epilogue(bias=torch.ones(3))}, r"epilogue.bias must be \[C_out\] = \[4\], got \[3\]"),
         ({"epilogue": ops.Epilogue(noise=torch.ones(9, 9))}, r"epilogue.noise must be .*\[4, 5\].*got \[9, 9\]"),
     ],

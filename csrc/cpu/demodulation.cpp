@@ -6,6 +6,8 @@
 // The levels c and l, of the weight and of the style, are what "prenormalize" divides by: normalising the weight by
 // sqrt(c) and multiplying d by 1 / sqrt(c) afterwards is the same as eps * c. Source: Karras et al. 2020 (StyleGAN2),
 // equation 3.
+//
+// demodulation_factor: d / sqrt(l) from energies that are known, for a convolution of style * x itself.
 
 #include <algorithm>
 #include <cmath>
@@ -102,6 +104,14 @@ struct Styles {
   }
 };
 
+template <typename C>
+C mean_square(const C* energy, int64_t channels, int64_t taps) {
+  C sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < channels; ++i) sum += energy[i];
+  return one_for_zero(sum / static_cast<C>(channels * taps));
+}
+
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Five demodulation(const Tensor& weight, const Tensor& style, std::string prenormalize, double eps, bool save_energy) {
@@ -129,7 +139,6 @@ Five demodulation(const Tensor& weight, const Tensor& style, std::string prenorm
     const int64_t grain = std::max<int64_t>(1, kGrainElements / row_values);
     torch::stable::parallel_for(0, outputs, grain, [&](int64_t begin, int64_t end) {
       std::vector<C> wide(sizeof(T) == 2 ? row_values : 0), row(save_energy ? 0 : channels);
-      const std::vector<C> ones(channels, C(1));
       for (int64_t o = begin; o < end; ++o) {
         const C* const w = as_compute(from + o * row_values, row_values, wide.data());
         C* const e = save_energy ? energy_to + o * channels : row.data();
@@ -139,7 +148,7 @@ Five demodulation(const Tensor& weight, const Tensor& style, std::string prenorm
           const C most = one_for_zero(largest(w, row_values));
           level = most * most * static_cast<C>(row_values);
         } else if (kind == Prenormalize::kMeanSquare) {
-          level = one_for_zero(dot(e, ones.data(), channels) / static_cast<C>(row_values));
+          level = mean_square(e, channels, taps);
         }
         level_to[o] = level;
         for (int64_t i = 0; i < n; ++i) {
@@ -152,8 +161,43 @@ Five demodulation(const Tensor& weight, const Tensor& style, std::string prenorm
   return {in_scale, d, energy, weight_level, style_level};
 }
 
+Tensor demodulation_factor(const Tensor& style, const Tensor& energy, const Tensor& peak, int64_t taps,
+                           std::string prenormalize, double eps) {
+  const Prenormalize kind = parse_prenormalize(prenormalize);
+  const int64_t n = style.size(0), channels = style.size(1), outputs = energy.size(0);
+  const Tensor dense_style = torch::stable::contiguous(style), dense_energy = torch::stable::contiguous(energy);
+  const Tensor dense_peak = torch::stable::contiguous(peak);
+  Tensor factor = torch::stable::new_empty(style, {n, outputs});
+  dispatch_dtype("demodulation_factor", style.scalar_type(), [&]<typename T>() {
+    using C = accumulate_t<T>;
+    std::vector<C> in_scale(n * channels), level(n);
+    Styles<C> styles{dense_style.const_data_ptr<C>(), in_scale.data(), level.data(), {}, n, channels};
+    styles.normalise(kind);
+    const C* const energies = dense_energy.const_data_ptr<C>();
+    const C* const peaks = dense_peak.const_data_ptr<C>();
+    C* const factor_to = factor.mutable_data_ptr<C>();
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / (channels * std::max<int64_t>(n, 1)));
+    torch::stable::parallel_for(0, outputs, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        const C* const e = energies + o * channels;
+        C weight_level = 1;
+        if (kind == Prenormalize::kLargest) weight_level = peaks[o];
+        if (kind == Prenormalize::kMeanSquare) weight_level = mean_square(e, channels, taps);
+        for (int64_t i = 0; i < n; ++i) {
+          const C power = dot(styles.square.data() + i * channels, e, channels) + static_cast<C>(eps) * weight_level;
+          factor_to[i * outputs + o] = C(1) / (std::sqrt(power) * std::sqrt(level[i]));
+        }
+      }
+    });
+  });
+  return factor;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("demodulation", TORCH_BOX(&demodulation)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("demodulation", TORCH_BOX(&demodulation));
+  m.impl("demodulation_factor", TORCH_BOX(&demodulation_factor));
+}
 
 }  // namespace fastgan

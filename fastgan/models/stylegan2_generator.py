@@ -22,7 +22,8 @@ class StyleGAN2Generator(nn.Module):
     Numbers and state dict (``mapping.*``, ``synthesis.b{R}.*``) are those of the generator that NVlabs' StyleGAN2-ADA
     and StyleGAN3 repositories train as StyleGAN2 (skip architecture), so a published state dict loads with
     ``strict=True``. A layer is one modulated convolution with its noise, bias and activation behind it; the image so
-    far is added where the next one is made.
+    far is added where the next one is made. In evaluation with gradients disabled, a layer keeps what demodulation
+    needs of its weight (:class:`fastgan.nn.ModulatedConv2d` says until when).
 
     Args:
         z_dim, c_dim, w_dim: sizes of latent, label (0 for none) and style.

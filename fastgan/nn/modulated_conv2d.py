@@ -26,15 +26,17 @@ Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
+from fastgan.nn._weight_energy import WeightEnergyCache
 from fastgan.nn.equalized import EqualizedLinear, fir_filter
 from fastgan.reference.activation import resolve
 from fastgan.reference.modulated_conv2d import upsampling_padding
@@ -90,7 +92,8 @@ CONVENTIONS = {
 
 
 class _Modulated(nn.Module):
-    """What both layers share: the weight, the affine map from w to styles, the bias and the product."""
+    """What both layers share: the weight, the affine map from w to styles, the bias and the product; and in evaluation
+    what demodulation needs of the weight."""
 
     def __init__(
         self,
@@ -130,6 +133,20 @@ class _Modulated(nn.Module):
         _place(self, self._keys.modulation, self._make_affine())
         bias = torch.zeros(1, out_channels, 1, 1) if image_bias else torch.zeros(out_channels)
         _place(self, self._bias_path, nn.Parameter(bias))
+        self._weight_energy = WeightEnergyCache()
+
+    def train(self, mode: bool = True) -> _Modulated:
+        """As every module's, for :meth:`eval` too; and the weight is looked at afresh."""
+        self._weight_energy.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Modulated:
+        self._weight_energy.drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._weight_energy.drop()
+        super()._load_from_state_dict(*args)
 
     @property
     def _fan_in_scale(self) -> float:
@@ -155,6 +172,7 @@ class _Modulated(nn.Module):
             )
         keys = self._keys
         weight, style = attrgetter(keys.weight)(self), attrgetter(keys.modulation)(self)(w)
+        keep = self.demodulate and not self.training
         eps, input_gain = _EPS, None
         if keys.clean:
             input_gain = _SQRT2 if self.demodulate else None
@@ -177,6 +195,7 @@ class _Modulated(nn.Module):
             # The other codes know no normalisation for half precision, and it would make their larger eps too large.
             prenormalize="auto" if self.convention == "nvlabs" else "none",
             epilogue=epilogue,
+            weight_energy=self._weight_energy.get(weight) if keep else None,
         )
 
     def extra_repr(self) -> str:
@@ -205,6 +224,12 @@ class ModulatedConv2d(_Modulated):
         noise: whether there is a strength to add noise with.
         act: the activation, at its default gain (at 1 in basicsr_clean).
         clamp: bound on the activation's magnitude, > 0 (NVlabs' conv_clamp); None for none.
+
+    In evaluation with gradients disabled, what demodulation needs of the weight (:func:`fastgan.ops.weight_energy`) is
+    kept between forward passes: it costs no read of the weight then, and on a GPU no launch. It follows every change
+    that torch counts or that moves the weight (optimizers, ``copy_``, ``load_state_dict``, ``.to``). A write through
+    ``weight.data`` between two forward passes is not seen: call ``eval()``, or ``train()``, after it, which forgets
+    what was kept, as codes do that average weights so and sample from the average.
 
     Raises:
         ValueError: sizes below 1, an even kernel, an unknown convention; in ``forward``, a noise that the layer does

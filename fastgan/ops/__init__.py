@@ -1,6 +1,7 @@
 """The public ops. Each checks its arguments, chooses a backend and runs it; gradients are registered with torch."""
 
 from fastgan.ops.bias_act import bias_act
+from fastgan.ops.demodulation import WeightEnergy, weight_energy
 from fastgan.ops.feature_matching_loss import feature_matching_loss
 from fastgan.ops.filtered_lrelu import filtered_lrelu
 from fastgan.ops.minibatch_stddev import minibatch_stddev
@@ -16,6 +17,7 @@ from fastgan.reference.epilogue import Epilogue
 __all__ = [
     "Epilogue",
     "PatchLoss",
+    "WeightEnergy",
     "bias_act",
     "feature_matching_loss",
     "filtered_lrelu",
@@ -27,4 +29,5 @@ __all__ = [
     "scaled_conv2d",
     "spectral_sigma",
     "upfirdn2d",
+    "weight_energy",
 ]

@@ -12,18 +12,72 @@ weight by √c and the resulting d again is the same as eps · c, so no normalis
 
 A row of zeros has nothing to normalise: the maximum or mean of what it is made of counts as 1.
 
+Where no gradient is recorded, the weight need not be read for each call: energy and what c needs are kept as a
+:class:`WeightEnergy`, and ``fastgan::demodulation_factor`` makes of them d / √l, which belongs around a convolution of
+style ⊙ x itself.
+
 Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, equation 3.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._library import define
 from fastgan.reference._precision import full_precision
 from fastgan.reference.modulated_conv2d import one_for_zero
+
+_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
+
+
+class WeightEnergy(NamedTuple):
+    """All that demodulation needs to know of a weight [C_out, C_in, k_h, k_w], for any ``prenormalize``.
+
+    Attributes:
+        energy: Σ_kk weight², [C_out, C_in], float32 (float64 for a float64 weight).
+        peak: C_in·k² · max|weight[o]|², [C_out], the same dtype; a row of zeros counts as ones.
+    """
+
+    energy: Tensor
+    peak: Tensor
+
+
+def weight_energy(weight: Tensor, *, backend: str | None = None) -> WeightEnergy:
+    """What :func:`fastgan.ops.modulated_conv2d` takes as ``weight_energy``, in one read of the weight.
+
+    Σ_kk weight² and the largest magnitude of each output channel: a network that only samples makes them once and its
+    forward passes read the weight for the convolution alone. They do not follow the weight: after a change to it,
+    make them anew (:class:`fastgan.nn.ModulatedConv2d` does).
+
+    Args:
+        weight: [C_out, C_in, k_h, k_w], any floating dtype, no size 0.
+        backend: see :func:`fastgan.backend`.
+
+    Returns:
+        A :class:`WeightEnergy`; no gradient flows through it.
+
+    Raises:
+        ValueError: a weight of another shape, a backend that cannot run.
+        TypeError: a weight that is no tensor.
+
+    Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, equation 3.
+    """
+    op = "weight_energy"
+    _check.tensor(op, "weight", weight)
+    if weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(f"{op}: weight must be [C_out, C_in, k_h, k_w], each at least 1, got {list(weight.shape)}")
+    chosen = backends.choose(op, backend, _BACKENDS, weight.device, weight.dtype)
+    weight = weight.detach()
+    # Of no styles: only what depends on the weight is left.
+    style = weight.new_empty((0, weight.shape[1]), dtype=_check.accumulate_dtype(weight.dtype))
+    run = _fallback if chosen == "reference" else _op
+    _, _, energy, peak, _ = run(weight, style, "stylegan2_fp16", 1.0, True)
+    return WeightEnergy(energy, peak)
 
 
 def demodulation(weight: Tensor, style: Tensor, *, prenormalize: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -156,4 +210,41 @@ _op = define(
     backward=_backward,
     differentiable_results=5,
     triton="demodulation.demodulation",
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastgan::demodulation_factor: d / √l from energies. For calls that record no gradient.
+
+
+def _factor_fallback(style: Tensor, energy: Tensor, peak: Tensor, taps: int, prenormalize: str, eps: float) -> Tensor:
+    unit = _style_level(style, prenormalize).sqrt()[:, None]
+    level = energy.new_ones(()) if prenormalize == "none" else peak
+    if prenormalize == "stylegan3":
+        level = one_for_zero(energy.sum(1) / (energy.shape[1] * taps))
+    with full_precision(style):
+        return torch.rsqrt((style / unit).square() @ energy.t() + eps * level) / unit
+
+
+def _factor_fake(style: Tensor, energy: Tensor, peak: Tensor, taps: int, prenormalize: str, eps: float) -> Tensor:
+    return style.new_empty((style.shape[0], energy.shape[0]))
+
+
+def _factor_setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _factor_backward(ctx, grad):
+    raise NotImplementedError(
+        "demodulation_factor: it has no derivative; calls that record a gradient run demodulation"
+    )
+
+
+demodulation_factor = define(
+    "demodulation_factor",
+    "(Tensor style, Tensor energy, Tensor peak, int taps, str prenormalize, float eps) -> Tensor",
+    fallback=_factor_fallback,
+    fake=_factor_fake,
+    setup_context=_factor_setup,
+    backward=_factor_backward,
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._epilogue import check_epilogue
-from fastgan.ops.demodulation import demodulation
+from fastgan.ops.demodulated_conv2d import demodulated_conv2d
+from fastgan.ops.demodulation import WeightEnergy, demodulation
 from fastgan.ops.scaled_conv2d import scaled_conv2d
 from fastgan.ops.upfirdn2d import check_filter, filter_size, upfirdn2d
 from fastgan.reference import modulated_conv2d as reference
@@ -36,6 +39,7 @@ def modulated_conv2d(
     flip_weight: bool | None = None,
     epilogue: Epilogue | None = None,
     backend: str | None = None,
+    weight_energy: WeightEnergy | None = None,
 ) -> Tensor:
     """Convolve each sample with the weight scaled by its style, normalised to unit gain, resampling before or after.
 
@@ -68,6 +72,9 @@ def modulated_conv2d(
             (up == 1).
         epilogue: what follows, at the output's size: noise, bias [C_out], activation, clamp, residual.
         backend: see :func:`fastgan.backend`.
+        weight_energy: of ``weight`` as it is now, from :func:`fastgan.ops.weight_energy`. Where no gradient is
+            recorded, demodulation then costs a product with style² and no read of the weight, and on Triton no launch;
+            everywhere else, and on the reference, it is ignored.
 
     Returns:
         [N, C_out, out_h, out_w], ``x``'s dtype (autocast's, under autocast).
@@ -78,14 +85,16 @@ def modulated_conv2d(
 
     Gradients: 1st and 2nd order for x, weight, style, input_gain and the epilogue's tensors; any order on the
     reference. On a compiled backend the scales are one kernel (:mod:`fastgan.ops.demodulation`), the convolution one,
-    and resampling one more, which then has the epilogue.
+    and resampling one more, which then has the epilogue. With ``weight_energy`` and no gradient to record, the scales
+    are part of the convolution's launch on Triton: one launch in all for up = down = 1, two otherwise (a tensor
+    ``input_gain`` is one small kernel more).
 
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, equations 1 and 3;
     "Alias-Free Generative Adversarial Networks", 2021, section 3.2 (input_gain, stylegan3).
     """
     op = "modulated_conv2d"
     sides = _check_options(op, up, down, padding, eps, prenormalize)
-    _check_operands(op, x, weight, style, input_gain)
+    _check_operands(op, x, weight, style, input_gain, weight_energy)
     check_filter(op, "resample_filter", resample_filter, x)
     kernel, taps = (weight.shape[3], weight.shape[2]), filter_size(resample_filter)
     height, width = _output_size(op, x, kernel, taps, up, down, sides)
@@ -95,6 +104,56 @@ def modulated_conv2d(
     if prenormalize == "auto":
         prenormalize = "stylegan2_fp16" if x.dtype == torch.float16 else "none"
     chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
+    convolve = _convolution(
+        chosen, x, weight, style, weight_energy, epilogue,
+        demodulate=demodulate, eps=eps, prenormalize=prenormalize, input_gain=input_gain, backend=backend,
+    )  # fmt: skip
+    weight = weight.to(x.dtype)
+    if flip_weight is None:
+        flip_weight = up == 1
+    pointwise = kernel == (1, 1)
+
+    if up == down == 1:
+        weight = weight if flip_weight else weight.flip((2, 3))
+        return convolve(x, weight, padding=sides, epilogue=epilogue)
+    if down > 1:
+        weight = weight if flip_weight else weight.flip((2, 3))
+        fir_padding = reference.downsampling_padding(sides, taps, down)
+        fir_down, stride = (down, 1) if pointwise else (1, down)
+        x = upfirdn2d(x, resample_filter, down=fir_down, padding=fir_padding, backend=backend)
+        return convolve(x, weight, stride=stride, epilogue=epilogue)
+    if pointwise:
+        x = convolve(x, weight)
+        fir_up, fir_padding = up, reference.upsampling_padding(sides, taps, up)
+    else:
+        # A transposed convolution spreads its weight as it is, which is a convolution with it, not a correlation.
+        weight = (weight.flip((2, 3)) if flip_weight else weight).transpose(0, 1)
+        x = convolve(x, weight, stride=up, transposed=True)
+        fir_up, fir_padding = 1, reference.transposed_filter_padding(sides, kernel, taps, up)
+    return upfirdn2d(
+        x, resample_filter, up=fir_up, padding=fir_padding, gain=up * up, epilogue=epilogue, backend=backend
+    )
+
+
+def _convolution(
+    chosen: str,
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    energy: WeightEnergy | None,
+    epilogue: Epilogue | None,
+    *,
+    demodulate: bool,
+    eps: float,
+    prenormalize: str,
+    input_gain: float | Tensor | None,
+    backend: str | None,
+) -> Callable[..., Tensor]:
+    """The convolution with its scales bound: (x, weight, geometry, epilogue) -> result."""
+    known = demodulate and energy is not None and chosen != "reference"
+    if known and not _records_gradient(x, weight, style, input_gain, epilogue):
+        options = {"prenormalize": prenormalize, "eps": eps, "input_gain": input_gain}
+        return lambda x, weight, **rest: demodulated_conv2d(x, weight, style, energy, **options, **rest)
     if chosen == "reference" or not demodulate:
         in_scale, out_scale = reference.modulation_scales(
             weight, style, demodulate=demodulate, eps=eps, prenormalize=prenormalize, input_gain=input_gain
@@ -103,31 +162,19 @@ def modulated_conv2d(
         in_scale, out_scale = demodulation(weight, style, prenormalize=prenormalize, eps=eps)
         if input_gain is not None:
             in_scale = in_scale * (input_gain.to(in_scale.dtype) if isinstance(input_gain, Tensor) else input_gain)
-    weight = weight.to(x.dtype)
-    if flip_weight is None:
-        flip_weight = up == 1
-    pointwise = kernel == (1, 1)
+    return lambda x, weight, **rest: scaled_conv2d(x, weight, in_scale, out_scale, backend=backend, **rest)
 
-    if up == down == 1:
-        weight = weight if flip_weight else weight.flip((2, 3))
-        return scaled_conv2d(x, weight, in_scale, out_scale, padding=sides, epilogue=epilogue, backend=backend)
-    if down > 1:
-        weight = weight if flip_weight else weight.flip((2, 3))
-        fir_padding = reference.downsampling_padding(sides, taps, down)
-        fir_down, stride = (down, 1) if pointwise else (1, down)
-        x = upfirdn2d(x, resample_filter, down=fir_down, padding=fir_padding, backend=backend)
-        return scaled_conv2d(x, weight, in_scale, out_scale, stride=stride, epilogue=epilogue, backend=backend)
-    if pointwise:
-        x = scaled_conv2d(x, weight, in_scale, out_scale, backend=backend)
-        fir_up, fir_padding = up, reference.upsampling_padding(sides, taps, up)
-    else:
-        # A transposed convolution spreads its weight as it is, which is a convolution with it, not a correlation.
-        weight = (weight.flip((2, 3)) if flip_weight else weight).transpose(0, 1)
-        x = scaled_conv2d(x, weight, in_scale, out_scale, stride=up, transposed=True, backend=backend)
-        fir_up, fir_padding = 1, reference.transposed_filter_padding(sides, kernel, taps, up)
-    return upfirdn2d(
-        x, resample_filter, up=fir_up, padding=fir_padding, gain=up * up, epilogue=epilogue, backend=backend
-    )
+
+def _records_gradient(
+    x: Tensor, weight: Tensor, style: Tensor, input_gain: float | Tensor | None, epilogue: Epilogue | None
+) -> bool:
+    """Whether autograd, or a transform of torch.func, looks at this call."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    tensors = [x, weight, style, input_gain]
+    if epilogue is not None:
+        tensors += [epilogue.noise, epilogue.noise_strength, epilogue.bias, epilogue.residual]
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _check_options(
@@ -152,7 +199,14 @@ def _check_options(
     return sides
 
 
-def _check_operands(op: str, x: Tensor, weight: Tensor, style: Tensor, input_gain: float | Tensor | None) -> None:
+def _check_operands(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    input_gain: float | Tensor | None,
+    energy: WeightEnergy | None,
+) -> None:
     """The tensors fit each other."""
     _check.tensor(op, "x", x, ndim=4)
     _check.tensor(op, "weight", weight, ndim=4)
@@ -173,6 +227,13 @@ def _check_operands(op: str, x: Tensor, weight: Tensor, style: Tensor, input_gai
                 f"got {list(gain.shape)}"
             )
     _check.same_device(op, x=x, weight=weight, style=style, input_gain=gain)
+    if energy is None:
+        return
+    for name, value, shape in zip(energy._fields, energy, (weight.shape[:2], weight.shape[:1]), strict=True):
+        _check.tensor(op, f"weight_energy.{name}", value)
+        if value.shape != shape:
+            raise ValueError(f"{op}: weight_energy.{name} must be {list(shape)}, got {list(value.shape)}")
+        _check.same_device(op, **{"x": x, f"weight_energy.{name}": value})
 
 
 def _output_size(

@@ -1,8 +1,9 @@
 """The layers that the GPU report counts: those of StyleGAN2-256, of Pix2Pix's U-Net-256 and of its patch critic.
 
 Each has the fused call and the sequence that plain torch runs for the same layer, in evaluation: what a good
-practitioner writes, with scaled activations instead of a weight per sample, batch norm folded nowhere. Inputs are made
-on fake CUDA tensors (:mod:`fastgan.profile.traffic`).
+practitioner writes, with scaled activations instead of a weight per sample, Σ W² computed beforehand (as
+:class:`fastgan.nn.ModulatedConv2d` keeps it; most code computes it each time), batch norm folded nowhere. Inputs are
+made on fake CUDA tensors (:mod:`fastgan.profile.traffic`).
 """
 
 from __future__ import annotations
@@ -65,15 +66,15 @@ def _vector(*shape: int) -> Tensor:
 
 
 def _synthesis_fused(x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, strength: Tensor, bias: Tensor,
-                     fir: Tensor, *, up: int) -> Tensor:  # fmt: skip
+                     fir: Tensor, energy: ops.WeightEnergy, *, up: int) -> Tensor:  # fmt: skip
     epilogue = ops.Epilogue(noise=noise, noise_strength=strength, bias=bias, act="lrelu", clamp=_CLAMP)
-    return ops.modulated_conv2d(x, weight, style, up=up, padding=1, resample_filter=fir, epilogue=epilogue)
+    options = {"up": up, "padding": 1, "resample_filter": fir, "weight_energy": energy}
+    return ops.modulated_conv2d(x, weight, style, **options, epilogue=epilogue)
 
 
 def _synthesis_eager(x: Tensor, weight: Tensor, style: Tensor, noise: Tensor, strength: Tensor, bias: Tensor,
-                     fir: Tensor, *, up: int) -> Tensor:  # fmt: skip
-    energy = weight.float().square().sum((2, 3))
-    demodulation = torch.rsqrt(style.square() @ energy.t() + 1e-8)
+                     fir: Tensor, energy: ops.WeightEnergy, *, up: int) -> Tensor:  # fmt: skip
+    demodulation = torch.rsqrt(style.square() @ energy.energy.to(style.dtype).t() + 1e-8)
     y = x * style.to(x.dtype)[:, :, None, None]
     if up == 1:
         y = F.conv2d(y, weight, padding=1)
@@ -104,7 +105,7 @@ def _synthesis(resolution: int, c_in: int, c_out: int, up: int, batch: int, dtyp
         x, weight = _map(dtype, batch, c_in, size, size), _map(dtype, c_out, c_in, 3, 3)
         fir = torch.tensor(_FIR, device=_DEVICE)
         small = (_vector(batch, c_in), _vector(resolution, resolution), _vector(), _vector(c_out))
-        return [x, weight, *small, fir]
+        return [x, weight, *small, fir, ops.weight_energy(weight)]
 
     maps = batch * (c_in * size**2 + c_out * resolution**2) * dtype.itemsize
     weights = c_in * c_out * (9 * dtype.itemsize + 4)
