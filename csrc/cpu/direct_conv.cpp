@@ -18,8 +18,8 @@ constexpr int64_t kScratch = 48 * 1024;  // results per task: 192 KB
 constexpr int64_t kTasks = 16;           // enough to share out; more would load x more often than needed
 
 // Where torch's convolution is far from its own best, measured over the layers of the models: images of few channels,
-// which it pads to a register of them, and layers of few pixels, above all transposed ones.
-constexpr int64_t kFewChannels = 8, kFewPixels = 64, kFewTransposed = 128;
+// which it pads to a register of them.
+constexpr int64_t kFewChannels = 8;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -198,8 +198,7 @@ bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry
   if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return false;
   const ConvPlan plan(x, weight, g);
   if (plan.taps > kPanelDepth) return false;
-  const int64_t pixels = plan.n * plan.base_h * plan.base_w;
-  return std::min(plan.c_in, plan.c_out) <= kFewChannels || pixels <= (g.transposed ? kFewTransposed : kFewPixels);
+  return std::min(plan.c_in, plan.c_out) <= kFewChannels;
 }
 
 void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,

@@ -16,6 +16,7 @@
 #include "epilogue.h"
 #include "few_pixels.h"
 #include "image.h"
+#include "unfolded_conv.h"
 #include "winograd_conv.h"
 
 namespace fastgan {
@@ -83,8 +84,9 @@ std::optional<std::tuple<Tensor, Tensor>> fused_products(const Tensor& x, const 
                                                          const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                                                          const EpilogueArgs& args, bool save_conv) {
   if (few_pixels_takes(x, weight, std::nullopt, g)) return std::nullopt;
-  const int64_t tile = winograd_tile(x, weight, g);
-  if (!tile && !direct_conv_takes(x, weight, g)) return std::nullopt;
+  const bool unfolded = unfolded_conv_takes(x, weight, g);
+  const int64_t tile = unfolded ? 0 : winograd_tile(x, weight, g);
+  if (!unfolded && !tile && !direct_conv_takes(x, weight, g)) return std::nullopt;
   const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
                                   result_size(x, weight, g, 1)};
   const Tensor y = torch::stable::new_empty(x, size),
@@ -92,7 +94,9 @@ std::optional<std::tuple<Tensor, Tensor>> fused_products(const Tensor& x, const 
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
   const PlanarResult result(dense, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);
-  if (tile) {
+  if (unfolded) {
+    unfolded_conv(x, weight, in_scale, g, result);
+  } else if (tile) {
     winograd_conv(x, weight, in_scale, g, tile, result);
   } else {
     direct_conv(x, weight, in_scale, g, result);
