@@ -107,6 +107,19 @@ def load() -> dict[str, LibraryStatus]:
     return {name: load_library(name, _HERE, info) for name in _LIBRARIES}
 
 
+def winograd_calls() -> int:
+    """How many convolutions this process has run through Winograd's filtering on the CPU, in whichever thread.
+
+    Its results have an error bound of their own, which who checks them has to know; 0 without the CPU library.
+    """
+    library = load()["cpu"]
+    if library.reason is not None:
+        return 0
+    function = ctypes.CDLL(str(library.path)).fastgan_winograd_calls
+    function.restype = ctypes.c_int64
+    return function()
+
+
 def simd_level() -> str:
     """The instruction set that the CPU kernels run with on this machine, chosen when their library was loaded.
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from fastgan import ops
 from fastgan.profile import compare, plain
 from fastgan.profile.layers import pair_layers
 from fastgan.profile.parity import Error, Parity, against_reference, check_parity
@@ -125,6 +126,24 @@ def test_a_given_floor_is_allowed_and_no_more():
     assert not against_reference(exact, original, fused).within
     assert against_reference(exact, original, fused, floor=3e-5).within
     assert not against_reference(exact, original, {"output": fused["output"] + 1e-5}, floor=3e-5).within
+
+
+def test_the_bound_of_winograd_is_for_convolutions_that_went_through_it():
+    """Two layers with the same small error: only the one whose product was Winograd's may have it."""
+
+    def convolve(x, weight):
+        return nn.functional.conv2d(x, weight, padding=1)
+
+    def fused(x, weight):
+        backend = "cpp" if x.dtype == torch.float32 else "reference"
+        return ops.scaled_conv2d(x, weight, padding=1, backend=backend) * (1 + 7e-6)
+
+    for channels, size, floor in ((128, 40, 1e-5), (8, 8, 4 * torch.finfo(torch.float32).eps)):
+        x, weight = torch.randn(1, channels, size, size), torch.randn(channels, channels, 3, 3)
+        parity = check_parity(convolve, fused, [x, weight], {}, backward=True)
+        assert {error.floor for error in parity.errors} == {floor}
+        assert all(error.within == (floor == 1e-5) for error in parity.errors)
+        assert all(error.fused > 5e-6 for error in parity.errors)
 
 
 def test_layers_are_paired_once_per_kind_and_shape():

@@ -74,4 +74,8 @@ auto dispatch_dtype(const char* op, ScalarType dtype, F&& f) {
 // join.
 constexpr int64_t kGrainElements = 16384;
 
+// Of values that are not negative.
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
+
 }  // namespace fastgan

@@ -21,12 +21,13 @@ std::pair<int64_t, int64_t> Patch::inside(int64_t first, int64_t phase, int64_t 
   return {begin, end};
 }
 
-void Patch::load(const ScaledImage& x, int64_t sample, int64_t row, int64_t lines, int64_t channel, int64_t channels) {
+void Patch::load(const ScaledImage& x, int64_t sample, int64_t row, int64_t lines, int64_t channel, int64_t channels,
+                 int64_t place) {
   const int64_t stride = input_.stride;
   for (int64_t c = 0; c < channels; ++c) {
     const float scale = x.scale.at(sample, channel + c);
     const float* const from = x.data + sample * x.stride_n + (channel + c) * x.stride_c;
-    float* to = data_.data() + c * channel_stride_;
+    float* to = data_.data() + (place + c) * channel_stride_;
     for (int64_t plane = 0; plane < stride * stride; ++plane) {
       const int64_t plane_row = plane / stride, plane_column = plane % stride;
       // Columns [left, right) and lines [top, bottom) of the plane lie inside x; the others are padding.

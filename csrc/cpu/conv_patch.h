@@ -29,8 +29,10 @@ class Patch {
   // `width` results per line; up to `channels` channels of up to `lines` lines of one sample.
   Patch(const Sampling& input, int64_t channels, int64_t lines, int64_t width);
 
-  // Loads channels [channel, channel + channels) for results [row, row + lines) of a sample.
-  void load(const ScaledImage& x, int64_t sample, int64_t row, int64_t lines, int64_t channel, int64_t channels);
+  // Loads channels [channel, channel + channels) for results [row, row + lines) of a sample, as channels from `place`
+  // on of the patch.
+  void load(const ScaledImage& x, int64_t sample, int64_t row, int64_t lines, int64_t channel, int64_t channels,
+            int64_t place = 0);
 
   // Where tap reads for the first result of channel 0.
   int64_t offset(const Tap& tap) const {

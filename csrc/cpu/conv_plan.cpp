@@ -3,11 +3,6 @@
 #include <algorithm>
 
 namespace fastgan {
-namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
 
 ConvPlan::ConvPlan(const Tensor& x, const Tensor& weight, const ConvGeometry& g)
     : n(x.size(0)),

@@ -21,8 +21,6 @@ constexpr int64_t kTasks = 16;           // enough to share out; more would load
 // which it pads to a register of them.
 constexpr int64_t kFewChannels = 8;
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // How the results of one call are cut into tasks, and how a task lays out its columns.
 struct Tiling {
   int64_t lanes = product_lanes();

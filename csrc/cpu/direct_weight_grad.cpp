@@ -1,4 +1,4 @@
-// Maps of few pixels and many channels go to unfolded_weight_grad.h; what follows is for images of few channels.
+// Many channels go to dense_weight_grad.h; what follows is for images of few channels.
 //
 // Tasks are blocks of input channels times blocks of output channels times stretches of lines. One task goes through
 // its lines block by block: it loads the patch of x, which stays in the first two cache levels with its sums, and adds
@@ -10,8 +10,8 @@
 #include <algorithm>
 
 #include "conv_patch.h"
+#include "dense_weight_grad.h"
 #include "product.h"
-#include "unfolded_weight_grad.h"
 
 namespace fastgan {
 namespace {
@@ -24,9 +24,6 @@ constexpr int64_t kTasks = 16;    // enough to share out
 // Where torch's is slower, measured over the layers of the models: it pads few channels to a register of them. Lines of
 // about a register leave little to add up in one go, and a single product per pixel is not worth a patch.
 constexpr int64_t kFewChannels = 8, kLeastWidth = 12, kLeastProducts = 3;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
 // How the sums of one call are cut into tasks.
 struct Tiling {
@@ -173,8 +170,8 @@ std::optional<Tensor> direct_weight_grad(const Tensor& x, const Tensor& g, const
   const ConvPlan plan(x, grad, geometry);
   const ScaledImage image(x, in_scale);
   if (!takes_channels(plan)) {
-    if (!unfolded_weight_grad_takes(plan)) return std::nullopt;
-    unfolded_weight_grad(plan, image, ScaledImage(g, g_scale), grad.mutable_data_ptr<float>());
+    if (!dense_weight_grad_takes(plan)) return std::nullopt;
+    dense_weight_grad(plan, image, ScaledImage(g, g_scale), grad.mutable_data_ptr<float>());
     return grad;
   }
   const Tiling tiling(plan);

@@ -10,8 +10,9 @@
 #include "few_pixels.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
+
+#include "simd.h"
 
 namespace fastgan {
 namespace {
@@ -33,25 +34,9 @@ constexpr int64_t kAxpyColumns = 1024;
 constexpr int64_t kAxpyChannels = 8;
 constexpr int64_t kAxpyPixels = 4, kAxpyVectors = 2;  // again 8 accumulators
 
-// One 32-byte register; narrower instruction sets use two.
+// Narrower instruction sets use two registers for one of these.
 template <typename C>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float type __attribute__((vector_size(32)));
-};
-template <>
-struct Vector<double> {
-  typedef double type __attribute__((vector_size(32)));
-};
-template <typename C>
-using vector_t = typename Vector<C>::type;
-
-template <typename C>
-constexpr int64_t kLanes = 32 / sizeof(C);
-
-// Before the loops over a tile: rolled up, they would keep its accumulators in memory.
-#define FASTGAN_UNROLL _Pragma("GCC unroll 8")
+using vector_t = register_t<C, 32>;
 
 // ---- inner loops, compiled per instruction set
 
@@ -62,12 +47,12 @@ FASTGAN_INLINE void dot_tile(const C* __restrict__ w, int64_t w_stride, const C*
   using V = vector_t<C>;
   V acc[R][P] = {};
   int64_t i = 0;
-  for (; i + kLanes<C> <= n; i += kLanes<C>) {
+  for (; i + kLanes<V> <= n; i += kLanes<V>) {
     V a[R], b[P];
     FASTGAN_UNROLL
-    for (int r = 0; r < R; ++r) std::memcpy(&a[r], w + r * w_stride + i, sizeof(V));
+    for (int r = 0; r < R; ++r) a[r] = load<V>(w + r * w_stride + i);
     FASTGAN_UNROLL
-    for (int p = 0; p < P; ++p) std::memcpy(&b[p], x + p * n + i, sizeof(V));
+    for (int p = 0; p < P; ++p) b[p] = load<V>(x + p * n + i);
     FASTGAN_UNROLL
     for (int r = 0; r < R; ++r) {
       FASTGAN_UNROLL
@@ -80,7 +65,7 @@ FASTGAN_INLINE void dot_tile(const C* __restrict__ w, int64_t w_stride, const C*
     for (int p = 0; p < P; ++p) {
       C total = 0;
       for (int64_t j = i; j < n; ++j) total += w[r * w_stride + j] * x[p * n + j];
-      for (int lane = 0; lane < kLanes<C>; ++lane) total += acc[r][p][lane];
+      for (int lane = 0; lane < kLanes<V>; ++lane) total += acc[r][p][lane];
       sums[r * sums_stride + p] += total;
     }
   }
@@ -122,7 +107,7 @@ void dot_task(const double* w, int64_t rows, const double* x, int64_t pixels, in
 
 // Columns of one tile.
 template <typename C>
-constexpr int64_t kAxpyStep = kAxpyVectors * kLanes<C>;
+constexpr int64_t kAxpyStep = kAxpyVectors * kLanes<vector_t<C>>;
 
 // sums[p, :] += sum_c x[c, p] w[c, :] for P pixels, `channels` channels and kVectors registers of columns (V may be C).
 template <int P, int kVectors, typename V, typename C>
@@ -134,7 +119,7 @@ FASTGAN_INLINE void axpy_tile(const C* __restrict__ w, int64_t w_stride, const C
   for (int64_t c = 0; c < channels; ++c) {
     V a[kVectors];
     FASTGAN_UNROLL
-    for (int v = 0; v < kVectors; ++v) std::memcpy(&a[v], w + c * w_stride + v * kWidth, sizeof(V));
+    for (int v = 0; v < kVectors; ++v) a[v] = load<V>(w + c * w_stride + v * kWidth);
     FASTGAN_UNROLL
     for (int p = 0; p < P; ++p) {
       FASTGAN_UNROLL
@@ -146,10 +131,7 @@ FASTGAN_INLINE void axpy_tile(const C* __restrict__ w, int64_t w_stride, const C
     FASTGAN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       C* const to = sums + p * kAxpyStep<C> + v * kWidth;
-      V total;
-      std::memcpy(&total, to, sizeof(V));
-      total += acc[p][v];
-      std::memcpy(to, &total, sizeof(V));
+      store(load<V>(to) + acc[p][v], to);
     }
   }
 }

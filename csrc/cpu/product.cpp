@@ -1,30 +1,11 @@
 #include "product.h"
 
 #include <algorithm>
-#include <cstring>
 
-#include "common.h"
+#include "simd.h"
 
 namespace fastgan {
 namespace {
-
-// Before the loops over a tile: rolled up, they would keep its sums in memory.
-#define FASTGAN_UNROLL _Pragma("GCC unroll 8")
-
-template <int kBytes>
-struct Register {
-  typedef float type __attribute__((vector_size(kBytes)));
-};
-
-template <typename V>
-constexpr int64_t kLanes = sizeof(V) / sizeof(float);
-
-template <typename V>
-FASTGAN_INLINE V load(const float* from) {
-  V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
 
 // ---- rows of weights times a stretch of the image
 
@@ -53,7 +34,7 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
     for (int v = 0; v < kVectors; ++v) {
       float* const to = p.sums + r * p.sums_stride + (first + v) * kLanes<V>;
       if (!p.overwrite) sums[r][v] += load<V>(to);
-      std::memcpy(to, &sums[r][v], sizeof(V));
+      store(sums[r][v], to);
     }
   }
 }
@@ -81,6 +62,59 @@ FASTGAN_INLINE void any_panel(const PanelProducts& p) {
       return panel<V, 5, 2 * kWide>(p);
     default:
       return panel<V, kPanelRows, 2 * kWide>(p);
+  }
+}
+
+// ---- shifted stretches of an image times a slab of another one's channels
+
+template <typename V, int kRows, int kVectors>
+FASTGAN_INLINE void shifted_tile(const ShiftedProducts& p) {
+  constexpr int64_t kSlab = kVectors * kLanes<V>;
+  V sums[kRows][kVectors] = {};
+  const float* __restrict__ slab = p.slab;
+  for (int64_t sample = 0; sample < p.samples; ++sample) {
+    for (int64_t line = 0; line < p.lines; ++line) {
+      const float* rows[kRows];
+      FASTGAN_UNROLL
+      for (int r = 0; r < kRows; ++r) rows[r] = p.image + p.starts[r] + sample * p.sample_stride + line * p.line_stride;
+      for (int64_t i = 0, pixels = p.pixels; i < pixels; ++i, slab += kSlab) {
+        V values[kVectors];
+        FASTGAN_UNROLL
+        for (int v = 0; v < kVectors; ++v) values[v] = load<V>(slab + v * kLanes<V>);
+        FASTGAN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          FASTGAN_UNROLL
+          for (int v = 0; v < kVectors; ++v) sums[r][v] += rows[r][i] * values[v];
+        }
+      }
+    }
+  }
+  FASTGAN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = p.sums + r * kSlab + v * kLanes<V>;
+      if (!p.overwrite) sums[r][v] += load<V>(to);
+      store(sums[r][v], to);
+    }
+  }
+}
+
+template <typename V, int kWide>
+FASTGAN_INLINE void any_shifted(const ShiftedProducts& p) {
+  switch (p.rows) {
+    case 1:
+      return shifted_tile<V, 1, 2 * kWide>(p);
+    case 2:
+      return shifted_tile<V, 2, 2 * kWide>(p);
+    case 3:
+      return shifted_tile<V, 3, 2 * kWide>(p);
+    case 4:
+      return shifted_tile<V, 4, 2 * kWide>(p);
+    case 5:
+      return shifted_tile<V, 5, 2 * kWide>(p);
+    default:
+      return shifted_tile<V, kPanelRows, 2 * kWide>(p);
   }
 }
 
@@ -112,7 +146,7 @@ FASTGAN_INLINE void dot_tile(const DotProducts& p, int64_t row, int64_t column) 
     for (int c = 0; c < kColumns; ++c) {
       float* const to = p.sums + ((row + r) * p.column_count + column + c) * kLanes<V>;
       sums[r][c] += load<V>(to);
-      std::memcpy(to, &sums[r][c], sizeof(V));
+      store(sums[r][c], to);
     }
   }
 }
@@ -142,32 +176,36 @@ FASTGAN_INLINE void all_dots(const DotProducts& p) {
 
 // ---- the same code per instruction set, with registers of its width
 
-using Portable = Register<16>::type;
+using Portable = register_t<float, 16>;
 void panel_portable(const PanelProducts& p) { any_panel<Portable, 1>(p); }
+void shifted_portable(const ShiftedProducts& p) { any_shifted<Portable, 1>(p); }
 void dots_portable(const DotProducts& p) { all_dots<Portable>(p); }
 
 struct Kernels {
   int64_t lanes, vectors;
   void (*panel)(const PanelProducts&);
+  void (*shifted)(const ShiftedProducts&);
   void (*dots)(const DotProducts&);
 };
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-using Avx2 = Register<32>::type;
-using Avx512 = Register<64>::type;
+using Avx2 = register_t<float, 32>;
+using Avx512 = register_t<float, 64>;
 __attribute__((target("arch=x86-64-v3"))) void panel_avx2(const PanelProducts& p) { any_panel<Avx2, 1>(p); }
+__attribute__((target("arch=x86-64-v3"))) void shifted_avx2(const ShiftedProducts& p) { any_shifted<Avx2, 1>(p); }
 __attribute__((target("arch=x86-64-v3"))) void dots_avx2(const DotProducts& p) { all_dots<Avx2>(p); }
 // 32 registers instead of 16: twice the vectors.
 __attribute__((target("arch=x86-64-v4"))) void panel_avx512(const PanelProducts& p) { any_panel<Avx512, 2>(p); }
+__attribute__((target("arch=x86-64-v4"))) void shifted_avx512(const ShiftedProducts& p) { any_shifted<Avx512, 2>(p); }
 __attribute__((target("arch=x86-64-v4"))) void dots_avx512(const DotProducts& p) { all_dots<Avx512>(p); }
 
 Kernels choose() {
-  if (__builtin_cpu_supports("x86-64-v4")) return {kLanes<Avx512>, 4, panel_avx512, dots_avx512};
-  if (__builtin_cpu_supports("x86-64-v3")) return {kLanes<Avx2>, 2, panel_avx2, dots_avx2};
-  return {kLanes<Portable>, 2, panel_portable, dots_portable};
+  if (__builtin_cpu_supports("x86-64-v4")) return {kLanes<Avx512>, 4, panel_avx512, shifted_avx512, dots_avx512};
+  if (__builtin_cpu_supports("x86-64-v3")) return {kLanes<Avx2>, 2, panel_avx2, shifted_avx2, dots_avx2};
+  return {kLanes<Portable>, 2, panel_portable, shifted_portable, dots_portable};
 }
 #else
-Kernels choose() { return {kLanes<Portable>, 2, panel_portable, dots_portable}; }
+Kernels choose() { return {kLanes<Portable>, 2, panel_portable, shifted_portable, dots_portable}; }
 #endif
 
 const Kernels kKernels = choose();
@@ -198,6 +236,7 @@ FASTGAN_INLINE void pack_all_lines(const Lines& l) {
 int64_t product_lanes() { return kKernels.lanes; }
 int64_t product_vectors() { return kKernels.vectors; }
 void panel_products(const PanelProducts& p) { kKernels.panel(p); }
+void shifted_products(const ShiftedProducts& p) { kKernels.shifted(p); }
 void dot_products(const DotProducts& p) { kKernels.dots(p); }
 
 void pack_panel(const float* from, const int32_t* offsets, int64_t depth, int64_t row_stride, int64_t rows, float* to) {

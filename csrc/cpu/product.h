@@ -34,6 +34,19 @@ struct PanelProducts {
 };
 void panel_products(const PanelProducts& p);
 
+// sums[r, i] (+)= sum over samples, lines and pixels of image[starts[r] + sample * sample_stride + line * line_stride +
+// pixel] * slab[sample, line, pixel, i], i < lanes * vectors.
+struct ShiftedProducts {
+  const float* image;
+  const int32_t* starts;
+  int64_t rows;  // 1 ... kPanelRows
+  int64_t samples, sample_stride, lines, line_stride, pixels;
+  const float* slab;  // [samples, lines, pixels, lanes * vectors]
+  float* sums;        // [rows, lanes * vectors]
+  bool overwrite;     // = instead of +=
+};
+void shifted_products(const ShiftedProducts& p);
+
 // sums[r, c, l] += sum over lines and vectors of rows[r, line, v * lanes + l] * image[columns[c] + line * image_line +
 // v * lanes + l]: dot products whose lanes the caller adds up when all of them are done.
 struct DotProducts {

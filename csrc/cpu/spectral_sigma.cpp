@@ -124,8 +124,6 @@ FASTGAN_SIGMA_STORAGE(Half)
 
 // ---- one layer
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 // y = x / max(|x|, eps); returns |x|^2 and the divisor. Summed in double: |x|^2 of float32 neither overflows nor
 // vanishes there.
 template <typename C>

@@ -102,7 +102,6 @@ void interleave(const double* even, const double* odd, double* to, int64_t pairs
 }
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One axis: out[i] = sum over k of f[k] * u[i * down + k - pad], where u[j * up] = x[j] and u is zero elsewhere.
 struct Axis {

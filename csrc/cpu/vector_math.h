@@ -25,19 +25,26 @@ FASTGAN_INLINE int32_t float_to_bits(float value) {
   return bits;
 }
 
-// exp(x), within 2 ulp; 0 below -87.3 (results there are denormal), inf above 88.72, NaN stays NaN.
-FASTGAN_INLINE float vexp(float x) {
-  const float clamped = x > 88.72f ? 88.72f : (x < -87.33f ? -87.33f : x);
-  const float n = __builtin_rintf(clamped * 1.44269504088896341f);
-  // ln 2 in two parts, so that n * ln 2 is exact enough for |n| <= 128.
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+// exp(x) = 2^n exp(x - n ln 2): the whole n that leaves the least exponent, NaN of NaN.
+FASTGAN_INLINE float exp_whole(float x) { return __builtin_rintf(x * 1.44269504088896341f); }
+
+// exp(x - n ln 2) for n = exp_whole(x), |n| <= 128.
+FASTGAN_INLINE float exp_rest(float x, float n) {
+  // ln 2 in two parts, so that n * ln 2 is exact enough.
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const float e = p * r * r + r + 1.0f;
+  return p * r * r + r + 1.0f;
+}
+
+// exp(x), within 2 ulp; 0 below -87.3 (results there are denormal), inf above 88.72, NaN stays NaN.
+FASTGAN_INLINE float vexp(float x) {
+  const float clamped = x > 88.72f ? 88.72f : (x < -87.33f ? -87.33f : x);
+  const float n = exp_whole(clamped), e = exp_rest(clamped, n);
   // 2^n as 2^(n/2) * 2^(n - n/2): n = 128 has no float of its own.
   const int32_t whole = static_cast<int32_t>(n == n ? n : 0.0f);
   const int32_t half = whole >> 1;
@@ -49,15 +56,7 @@ FASTGAN_INLINE float vexp(float x) {
 // exp(x) for x <= 0, within 2 ulp: vexp without what only large x needs.
 FASTGAN_INLINE float vexp_nonpositive(float x) {
   const float clamped = x < -87.33f ? -87.33f : x;
-  const float n = __builtin_rintf(clamped * 1.44269504088896341f);
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float e = p * r * r + r + 1.0f;
+  const float n = exp_whole(clamped), e = exp_rest(clamped, n);
   const float scaled = e * bits_to_float((static_cast<int32_t>(n == n ? n : 0.0f) + 127) << 23);
   return x < -87.33f ? 0.0f : scaled;
 }

@@ -1,9 +1,7 @@
 #include "winograd.h"
 
-#include <cstring>
-
-#include "common.h"
 #include "product.h"
+#include "simd.h"
 
 namespace fastgan {
 namespace {
@@ -71,13 +69,6 @@ struct Filter<4, 2> {
                                    {0, -0.5f, -1, 0.5f, 1}}};
 };
 
-#define FASTGAN_UNROLL _Pragma("GCC unroll 8")
-
-template <int kBytes>
-struct Register {
-  typedef float type __attribute__((vector_size(kBytes)));
-};
-
 // to = matrix from; the matrix is known, so a product with 0 or 1 costs nothing.
 template <typename V, int kRows, int kColumns>
 FASTGAN_INLINE void multiply(const Matrix<kRows, kColumns>& matrix, const V* from, int64_t from_step, V* to,
@@ -109,19 +100,16 @@ FASTGAN_INLINE void both_sides(const Matrix<kRows, kColumns>& matrix, const V* v
   for (int i = 0; i < kRows; ++i) multiply(matrix, half + i * kColumns, 1, to + i * kRows, 1);
 }
 
-template <typename V>
-constexpr int64_t kLanes = sizeof(V) / sizeof(float);
-
 template <typename V, int kRows, int kColumns, typename At>
 FASTGAN_INLINE void transform(const Matrix<kRows, kColumns>& matrix, At&& at, int64_t vectors, float* to,
                               int64_t to_stride) {
   for (int64_t v = 0; v < vectors; ++v) {
     V values[kColumns * kColumns], results[kRows * kRows];
     FASTGAN_UNROLL
-    for (int k = 0; k < kColumns * kColumns; ++k) std::memcpy(&values[k], at(k) + v * kLanes<V>, sizeof(V));
+    for (int k = 0; k < kColumns * kColumns; ++k) values[k] = load<V>(at(k) + v * kLanes<V>);
     both_sides(matrix, values, results);
     FASTGAN_UNROLL
-    for (int k = 0; k < kRows * kRows; ++k) std::memcpy(to + k * to_stride + v * kLanes<V>, &results[k], sizeof(V));
+    for (int k = 0; k < kRows * kRows; ++k) store(results[k], to + k * to_stride + v * kLanes<V>);
   }
 }
 
@@ -145,7 +133,7 @@ FASTGAN_INLINE void output_transform(const float* sums, int64_t stride, int64_t 
 #define FASTGAN_WINOGRAD(name, target, bytes)                                                                       \
   template <int M, int R>                                                                                           \
   struct name {                                                                                                     \
-    using V = Register<bytes>::type;                                                                                \
+    using V = register_t<float, bytes>;                                                                             \
     target static void input(const float* patch, const int32_t* positions, int64_t vectors, float* to, int64_t n) { \
       input_transform<V, Filter<M, R>>(patch, positions, vectors, to, n);                                           \
     }                                                                                                               \
