@@ -106,38 +106,42 @@ void run_adjacent(const T* x, const T* g, T* y, const Lines& lines, double eps) 
   });
 }
 
-// Lines across planes: so many at a time that what the second pass reads again is still in the second-level cache.
+// Lines across planes: so many at a time that a copy of them fits the second-level cache. The second pass reads the
+// copy, since planes whose sizes are powers of two apart fall on few of the cache's sets and would not stay in it.
 template <typename T>
 void run_planar(const T* x, const T* g, T* y, const Lines& lines, double eps) {
   using C = accumulate_t<T>;
-  constexpr int64_t kCacheValues = 65536;
-  const int64_t width = std::min(lines.inner, std::max<int64_t>(32, kCacheValues / lines.c));
+  constexpr int64_t kCacheValues = 49152;
+  const int64_t width = std::min(lines.inner, std::max<int64_t>(32, kCacheValues / (lines.c * (g ? 2 : 1))));
   const int64_t per_plane = (lines.inner + width - 1) / width;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (width * lines.c));
   torch::stable::parallel_for(0, lines.outer * per_plane, grain, [&](int64_t begin, int64_t end) {
-    std::vector<C> sum_xx(width), sum_gx(width), x_buffer(width), g_buffer(width), y_buffer(width);
+    std::vector<C> sum_xx(width), sum_gx(width), y_buffer(width);
+    std::vector<C> x_copy(lines.c * width), g_copy(g ? lines.c * width : 0);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % per_plane * width, n = std::min(width, lines.inner - first);
       const int64_t base = task / per_plane * lines.c * lines.inner + first;
       std::fill(sum_xx.begin(), sum_xx.end(), C(0));
       std::fill(sum_gx.begin(), sum_gx.end(), C(0));
       Block<C> b{nullptr, nullptr, sum_xx.data(), sum_gx.data(), nullptr, n};
-      const auto read = [&](int64_t channel) {
-        const int64_t offset = base + channel * lines.inner;
-        b.x = as_compute(x + offset, n, x_buffer.data());
-        if (g) b.g = as_compute(g + offset, n, g_buffer.data());
-        return offset;
+      const auto take = [&](int64_t channel) {
+        b.x = x_copy.data() + channel * width;
+        if (g) b.g = g_copy.data() + channel * width;
       };
       for (int64_t channel = 0; channel < lines.c; ++channel) {
-        read(channel);
+        const int64_t offset = base + channel * lines.inner;
+        copy_compute(x + offset, n, x_copy.data() + channel * width);
+        if (g) copy_compute(g + offset, n, g_copy.data() + channel * width);
+        take(channel);
         add(b);
       }
       factors(b, static_cast<C>(lines.c), static_cast<C>(eps));
       for (int64_t channel = 0; channel < lines.c; ++channel) {
-        const int64_t offset = read(channel);
-        b.y = result_buffer(y + offset, y_buffer.data());
+        T* const to = y + base + channel * lines.inner;
+        take(channel);
+        b.y = result_buffer(to, y_buffer.data());
         write(b);
-        flush(b.y, y + offset, n);
+        flush(b.y, to, n);
       }
     }
   });
