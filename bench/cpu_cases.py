@@ -26,10 +26,8 @@ from fastgan.models._layers import ConvAct, UpConvAct, conv_norm_act
 from fastgan.profile.latency import Work, passes
 
 OURS = "fused"
-NCHW, NHWC = (
-    " NCHW",
-    " NHWC",
-)  # a candidate whose name ends in the latter gets its maps and its weights in channels_last
+# How candidates' names end; of the latter, maps and weights are in channels_last.
+NCHW, NHWC = " NCHW", " NHWC"
 
 
 @dataclass(frozen=True)
