@@ -28,7 +28,7 @@ class Case:
         double: also time the double backward.
         layout, dtype: recorded with the row.
         baselines: the candidates that the others are compared with; of several, the fastest.
-        min_rounds: rounds of a measurement, however long they take.
+        warmup, min_rounds: calls before a measurement and rounds of it, however long they take.
     """
 
     op: str
@@ -40,6 +40,7 @@ class Case:
     layout: str = "contiguous"
     dtype: str = "float32"
     baselines: tuple[str, ...] = (BASELINE,)
+    warmup: int = 2
     min_rounds: int = 5
 
     @property

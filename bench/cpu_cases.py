@@ -217,6 +217,8 @@ def training_step() -> Target:
         candidates,
         {"step": Work(flops=step_flops())},
         baselines=(f"eager{NCHW}", f"eager{NHWC}"),
+        # A round takes several seconds.
+        warmup=1,
         min_rounds=3,
         against="the same step in eager torch",
         at_least=1.5,

@@ -46,7 +46,9 @@ def measure_case(case: Case, seconds: float, compiled: bool, device: str = "cpu"
     limits = latency.machine_limits(device)
     for which in case.pass_names:
         functions = {name: found[which] for name, found in candidates.items() if which in found}
-        timings = latency.measure(functions, seconds=seconds, min_rounds=case.min_rounds, device=device)
+        timings = latency.measure(
+            functions, seconds=seconds, min_rounds=case.min_rounds, warmup=case.warmup, device=device
+        )
         against = min(case.baselines, key=lambda name: timings[name].median)
         work = case.work.get(which)
         for name, timing in timings.items():
