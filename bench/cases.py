@@ -29,6 +29,7 @@ class Case:
         layout, dtype: recorded with the row.
         baselines: the candidates that the others are compared with; of several, the fastest.
         warmup, min_rounds: calls before a measurement and rounds of it, however long they take.
+        memory: also measure peak memory, which takes two more calls.
     """
 
     op: str
@@ -42,6 +43,7 @@ class Case:
     baselines: tuple[str, ...] = (BASELINE,)
     warmup: int = 2
     min_rounds: int = 5
+    memory: bool = True
 
     @property
     def pass_names(self) -> list[str]:

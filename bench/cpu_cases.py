@@ -220,6 +220,7 @@ def training_step() -> Target:
         # A round takes several seconds.
         warmup=1,
         min_rounds=3,
+        memory=False,
         against="the same step in eager torch",
         at_least=1.5,
         which="step",

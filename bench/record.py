@@ -56,7 +56,8 @@ def measure_case(case: Case, seconds: float, compiled: bool, device: str = "cpu"
             row |= {"pass": which, "candidate": name, "n": timing.n, "calls": timing.calls}
             row |= {f"{part}_ms": getattr(timing, part) * 1e3 for part in ("median", "p20", "p80")}
             row |= {"against": against, "speedup": latency.speedup(timings, name, against)}
-            row["peak_bytes"] = latency.peak_memory(functions[name], device)
+            if case.memory:
+                row["peak_bytes"] = latency.peak_memory(functions[name], device)
             yield row | (latency.throughput(timing, work, limits) if work else {})
 
 

@@ -1,8 +1,6 @@
 // Blocks of half-precision values to and from the float buffers in which kernels compute.
 #pragma once
 
-#include <algorithm>
-
 #include "common.h"
 
 namespace fastgan {
@@ -19,14 +17,6 @@ template <typename T>
 const float* as_compute(const T* data, int64_t n, float* buffer) {
   widen(data, buffer, n);
   return buffer;
-}
-
-// Copies a block in the compute type.
-inline void copy_compute(const float* data, int64_t n, float* to) { std::copy_n(data, n, to); }
-inline void copy_compute(const double* data, int64_t n, double* to) { std::copy_n(data, n, to); }
-template <typename T>
-void copy_compute(const T* data, int64_t n, float* to) {
-  widen(data, to, n);
 }
 
 // Where a block of results is computed: in place where T is the compute type, else in buffer, which flush() then rounds
