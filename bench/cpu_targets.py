@@ -36,10 +36,13 @@ def newest_rows(path: Path) -> Rows:
 
 
 def line_of(target: Target, rows: dict[str, dict[str, Any]]) -> str:
+    """A target's line; of a target that was never measured it says so."""
+    wanted = f"{target.at_least:g}×" if target.at_least >= 1 else f"{target.at_least:.2f}×"
+    if OURS not in rows:
+        return f"| {target.name} | {target.against} | | | | {wanted} | not recorded | |"
     ours = rows[OURS]
     theirs = rows[ours["against"]]
     met = "met" if ours["speedup"] >= target.at_least else "**missed**"
-    wanted = f"{target.at_least:g}×" if target.at_least >= 1 else f"{target.at_least:.2f}×"
     roofline = f"{100 * ours['of_roofline']:.0f} %" if ours.get("of_roofline") else ""
     cells = [target.name, f"{target.against} ({ours['against']})", f"{theirs['median_ms']:.2f}"]
     cells += [f"{ours['median_ms']:.2f} ({ours['p20_ms']:.2f}–{ours['p80_ms']:.2f})", f"{ours['speedup']:.2f}×"]
@@ -57,7 +60,7 @@ def table(path: Path) -> str:
     met = sum(rows[target.name][OURS]["speedup"] >= target.at_least for target in measured)
     lines = [
         f"**{last['device']}, {last['threads']} threads** ({last['cpp']}), torch {last['torch']}, Python "
-        f"{last['python']}, {last['date'][:10]}, commit {commits}: **{met} of {len(measured)} targets met.** Medians "
+        f"{last['python']}, {last['date'][:10]}, commit {commits}: **{met} of {len(TARGETS)} targets met.** Medians "
         f"of interleaved rounds in one process; the ratio is the median of the rounds' ratios, against the fastest "
         f"form and layout of what ours is compared with. Measured limits: {last['limits']['read_bytes'] / 1e9:.1f} "
         f"GB/s read, {last['limits']['sgemm_flops'] / 1e9:.0f} GFLOP/s sgemm. Above 100 % of the roofline are fewer "
@@ -66,7 +69,7 @@ def table(path: Path) -> str:
         "| work | against | theirs, ms | ours, ms (p20–p80) | ratio | target | | of the roofline |",
         "|---|---|---:|---:|---:|---:|---|---:|",
     ]
-    return "\n".join([*lines, *(line_of(target, rows[target.name]) for target in measured)])
+    return "\n".join([*lines, *(line_of(target, rows.get(target.name, {})) for target in TARGETS)])
 
 
 def main() -> None:
