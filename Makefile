@@ -5,7 +5,7 @@
 #   STEPS    stop the quickstart after so many steps, not after three minutes
 #   OUT      where the quickstart writes
 #   GPU_OUT  where gpu-check writes
-#   ARGS     further arguments of quickstart, test, bench and the GPU's two, for example ARGS="--data photos" or ARGS="-k patch_loss"
+#   ARGS     further arguments of quickstart, test, the benches and the GPU's two, for example ARGS="--data photos" or ARGS="-k patch_loss"
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -19,7 +19,7 @@ STAMP := $(VENV)/.fastgan-installed
 TORCH_STAMP := $(VENV)/.torch-installed
 CXX_SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup quickstart test lint bench gpu-check gpu-report ops-table build clean
+.PHONY: setup quickstart test lint bench bench-cpu gpu-check gpu-report ops-table build clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# What the CPU kernels are to reach, met or missed, against plain torch in its best layout; the rows go to bench/results.
+bench-cpu: setup
+	$(BIN)/python -m bench.cpu_targets $(ARGS)
 
 # On a machine with a GPU: every parity test of the Triton kernels on it, every bench; one JSON and one Markdown.
 gpu-check: setup

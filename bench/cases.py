@@ -23,10 +23,13 @@ class Case:
         op: the op's name.
         name: the shape, for people; unique within the op.
         inputs: makes fresh inputs; gradients are for those that require grad (lists are looked into).
-        candidates: name -> function of the inputs, returning one tensor; :data:`BASELINE` is plain torch.
+        candidates: name -> function of the inputs, returning one tensor.
         work: what each pass must at least read, write and compute, by hand; a pass without an entry has no roofline.
         double: also time the double backward.
         layout, dtype: recorded with the row.
+        baselines: the candidates that the others are compared with; of several, the fastest.
+        warmup, min_rounds: calls before a measurement and rounds of it, however long they take.
+        memory: also measure peak memory, which takes two more calls.
     """
 
     op: str
@@ -37,6 +40,10 @@ class Case:
     double: bool = False
     layout: str = "contiguous"
     dtype: str = "float32"
+    baselines: tuple[str, ...] = (BASELINE,)
+    warmup: int = 2
+    min_rounds: int = 5
+    memory: bool = True
 
     @property
     def pass_names(self) -> list[str]:

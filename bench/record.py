@@ -9,7 +9,7 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,15 +46,45 @@ def measure_case(case: Case, seconds: float, compiled: bool, device: str = "cpu"
     limits = latency.machine_limits(device)
     for which in case.pass_names:
         functions = {name: found[which] for name, found in candidates.items() if which in found}
-        timings = latency.measure(functions, seconds=seconds, device=device)
+        timings = latency.measure(
+            functions, seconds=seconds, min_rounds=case.min_rounds, warmup=case.warmup, device=device
+        )
+        against = min(case.baselines, key=lambda name: timings[name].median)
         work = case.work.get(which)
         for name, timing in timings.items():
             row: dict[str, Any] = {"op": case.op, "case": case.name, "layout": case.layout, "dtype": case.dtype}
             row |= {"pass": which, "candidate": name, "n": timing.n, "calls": timing.calls}
             row |= {f"{part}_ms": getattr(timing, part) * 1e3 for part in ("median", "p20", "p80")}
-            row["speedup"] = latency.speedup(timings, name, BASELINE)
-            row["peak_bytes"] = latency.peak_memory(functions[name], device)
+            row |= {"against": against, "speedup": latency.speedup(timings, name, against)}
+            if case.memory:
+                row["peak_bytes"] = latency.peak_memory(functions[name], device)
             yield row | (latency.throughput(timing, work, limits) if work else {})
+
+
+def results_file(facts: dict[str, Any]) -> Path:
+    """Where the rows of a machine go, one file per device."""
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    return RESULTS / f"{slug}-{facts['threads']}-threads.jsonl"
+
+
+def record(cases: Sequence[Case], seconds: float, compiled: bool = False) -> Path:
+    """Measure ``cases``, append and print every row as it comes; the file that the rows are in."""
+    facts = latency.environment() | {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "limits": asdict(latency.machine_limits()),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = results_file(facts)
+    with path.open("a") as file:
+        for case in cases:
+            for row in measure_case(case, seconds, compiled):
+                file.write(json.dumps(row | facts, ensure_ascii=False) + "\n")
+                file.flush()
+                spread = f"{row['median_ms']:9.3f} ms ({row['p20_ms']:.3f}–{row['p80_ms']:.3f})"
+                print(
+                    f"{case.op:22} {case.name:28} {row['pass']:11} {row['candidate']:8} {spread} {row['speedup']:6.2f}×"
+                )
+    return path
 
 
 def main() -> None:
@@ -66,23 +96,7 @@ def main() -> None:
     cases = [case for case in all_cases() if re.search(args.only, f"{case.op} {case.name}")]
     if not cases:
         parser.error(f"--only must match a case, got {args.only!r}")
-    facts = latency.environment() | {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "limits": asdict(latency.machine_limits()),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = RESULTS / f"{slug}-{facts['threads']}-threads.jsonl"
-    with path.open("a") as file:
-        for case in cases:
-            for row in measure_case(case, args.seconds, args.compile):
-                file.write(json.dumps(row | facts, ensure_ascii=False) + "\n")
-                file.flush()
-                spread = f"{row['median_ms']:9.3f} ms ({row['p20_ms']:.3f}–{row['p80_ms']:.3f})"
-                print(
-                    f"{case.op:22} {case.name:28} {row['pass']:11} {row['candidate']:8} {spread} {row['speedup']:6.2f}×"
-                )
-    print(f"rows are in {path}")
+    print(f"rows are in {record(cases, args.seconds, args.compile)}")
 
 
 if __name__ == "__main__":

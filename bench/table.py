@@ -17,13 +17,16 @@ from bench.cases import BASELINE
 from bench.record import RESULTS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+TARGETS = "cpu_targets"
 
 
 def newest_rows(path: Path) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
-    """(op, case, pass) -> candidate -> its newest row."""
+    """(op, case, pass) -> candidate -> its newest row; the targets have a table of their own (bench.cpu_targets)."""
     found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
+        if row["op"] == TARGETS:
+            continue
         found.setdefault((row["op"], row["case"], row["pass"]), {})[row["candidate"]] = row
     return found
 
@@ -91,6 +94,15 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{row['median_ms']:.3f} ({row['p20_ms']:.3f}–{row['p80_ms']:.3f})"
 
 
+def put_between(file: Path, begin: str, end: str, table: str) -> None:
+    """Replace what stands between two markers in ``file``; exits if either is not there exactly once."""
+    text = file.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        sys.exit(f"{file} must have one {begin} and one {end}")
+    before, rest = text.split(begin)
+    file.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, help=f"a file with {BEGIN} and {END}; none prints the table")
@@ -103,11 +115,7 @@ def main() -> None:
     if args.file is None:
         print(table)
         return
-    text = args.file.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        sys.exit(f"bench.table: {args.file} must have one {BEGIN} and one {END}")
-    before, rest = text.split(BEGIN)
-    args.file.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    put_between(args.file, BEGIN, END, table)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "empty.h"
 
 namespace fastgan {
 
@@ -17,17 +18,17 @@ inline bool is_channels_last(const Tensor& t) {
 
 inline bool is_dense(const Tensor& t) { return t.is_contiguous() || is_channels_last(t); }
 
-// t itself if it is dense in the wanted layout, else a copy.
+// t itself if it is dense in the wanted layout, else a copy. Asking torch for what is there already costs as much as a
+// small kernel.
 inline Tensor in_layout(const Tensor& t, bool channels_last) {
   using torch::headeronly::MemoryFormat;
+  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
   return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// An uninitialised tensor of t's sizes and device in the given dtype and layout.
+// An uninitialised tensor of t's sizes in the given dtype and layout.
 inline Tensor empty_image(const Tensor& t, ScalarType dtype, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(t.sizes(), dtype, std::nullopt, t.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return empty_dense(t.sizes(), dtype, channels_last);
 }
 
 // How a dense image is walked. NCHW: one block is part of one plane, so one scale serves it. NHWC (and NCHW with one

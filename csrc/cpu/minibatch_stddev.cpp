@@ -202,10 +202,8 @@ void run_backward(const Groups& g, const T* gy, const T* x, T* gx, double eps) {
 
 Tensor minibatch_stddev(const Tensor& x, int64_t group_size, int64_t num_channels, double eps) {
   const Groups groups(x, group_size, num_channels);
-  using torch::headeronly::MemoryFormat;
-  Tensor y = torch::stable::empty({x.size(0), x.size(1) + num_channels, x.size(2), x.size(3)}, x.scalar_type(),
-                                  std::nullopt, x.device(), std::nullopt,
-                                  groups.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor y =
+      empty_dense({x.size(0), x.size(1) + num_channels, x.size(2), x.size(3)}, x.scalar_type(), groups.channels_last);
   const Tensor source = in_layout(x, groups.channels_last);
   dispatch_dtype("minibatch_stddev", x.scalar_type(),
                  [&]<typename T>() { run_forward(groups, source.const_data_ptr<T>(), y.mutable_data_ptr<T>(), eps); });

@@ -1,13 +1,12 @@
 // Tiles, tasks and memory order of the losses: how their elements are split and laid out.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 #include <initializer_list>
 
 #include "common.h"
 #include "convert.h"
+#include "empty.h"
 
 namespace fastgan {
 
@@ -54,14 +53,6 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
   return (a.is_contiguous() && b.is_contiguous()) || (is_channels_last(a) && is_channels_last(b));
 }
 
-// Uninitialised, contiguous, on the CPU. torch::stable::empty looks its op up by name and boxes every argument: 2 us
-// where this takes 0.5, and a loss over small maps makes ten tensors.
-inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
 inline Tensor empty_vector(int64_t count, ScalarType dtype) {
   const int64_t stride = 1;
   return empty_cpu(&count, &stride, 1, dtype);

@@ -20,9 +20,6 @@ constexpr int64_t kMostPixels = 128, kLeastTransposed = 4 << 20;
 constexpr int64_t kTaskRows = 4 * kPanelRows;  // rows that share a chunk of the image
 constexpr int64_t kPrefetch = 4;               // channels ahead: what memory takes to answer
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // to[i] = from[table[i]].
 FASTGAN_MULTIVERSION void look_up(const float* __restrict__ from, const int32_t* __restrict__ table,
                                   float* __restrict__ to, int64_t n) {

@@ -363,9 +363,7 @@ Tensor upfirdn2d(const Tensor& x, const std::optional<Tensor>& f, const std::opt
   const Axis along{up[1],  down[1],   padding[2],
                    taps_y, x.size(2), outputs(x.size(2), up[1], down[1], padding[2] + padding[3], taps_y)};
   const int64_t n = x.size(0), c = x.size(1);
-  using torch::headeronly::MemoryFormat;
-  Tensor y = torch::stable::empty({n, c, along.out, across.out}, x.scalar_type(), std::nullopt, x.device(),
-                                  std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor y = empty_dense({n, c, along.out, across.out}, x.scalar_type(), channels_last);
   const std::optional<Tensor> none;
   const auto dense_residual = residual ? std::optional(in_layout(*residual, channels_last)) : none;
   const Act act = parse_act(op, act_name);

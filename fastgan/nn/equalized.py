@@ -22,7 +22,7 @@ def fir_filter(taps: Sequence[float] | None) -> Tensor:
 
 
 class EqualizedLinear(nn.Module):
-    """y = gain · act(lr/√in · W x + lr · b), one call of :func:`fastgan.ops.scaled_conv2d`.
+    """y = gain · act(lr/√in · W x + lr · b): one call of :func:`fastgan.ops.scaled_conv2d`, or of a matrix product.
 
     With its factor at run time, every weight has the same scale and so learns at the same rate. State dict: ``weight``
     [out, in], drawn from N(0, 1/lr²), and ``bias`` [out].
@@ -65,6 +65,15 @@ class EqualizedLinear(nn.Module):
         """[..., in_features] → [..., out_features], the dtype of ``x`` and the weight."""
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"EqualizedLinear: x must be [..., {self.in_features}], got {list(x.shape)}")
+        if self.act == "linear" and self._is_one_gemm(x):
+            y = torch.addmm(
+                self.bias,
+                x.reshape(-1, self.in_features),
+                self.weight.t(),
+                beta=self.lr_multiplier,
+                alpha=self.lr_multiplier / self.in_features**0.5,
+            )
+            return y.reshape(*x.shape[:-1], self.out_features)
         bias = self.bias
         if bias is not None and self.lr_multiplier != 1.0:
             bias = bias * self.lr_multiplier
@@ -75,6 +84,14 @@ class EqualizedLinear(nn.Module):
             epilogue=ops.Epilogue(bias=bias, act=self.act),
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _is_one_gemm(self, x: Tensor) -> bool:
+        """Whether BLAS's α·A·B + β·C is all of it: a style per layer is made so often that calls count, not products.
+
+        A half type has its factors rounded with its result, and autocast would round the bias.
+        """
+        full = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
+        return full and self.bias is not None and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
     def extra_repr(self) -> str:
         return (

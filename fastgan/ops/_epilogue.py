@@ -91,11 +91,16 @@ def epilogue_tensors(epilogue: Epilogue, dtype: torch.dtype) -> tuple[Tensor | N
     """
     e, wide = epilogue, _check.accumulate_dtype(dtype)
     return (
-        None if e.noise is None else contiguous(e.noise if e.noise.ndim == 4 else e.noise[None, None], wide),
+        None if e.noise is None else contiguous(e.noise if e.noise.ndim == 4 else _four(e.noise), wide),
         None if e.noise_strength is None else _noise_strength(e.noise_strength, e.noise, wide),
         None if e.bias is None else contiguous(e.bias, wide),
-        None if e.residual is None else e.residual.to(dtype),
+        e.residual if e.residual is None or e.residual.dtype == dtype else e.residual.to(dtype),
     )
+
+
+def _four(noise: Tensor) -> Tensor:
+    """[H, W] as [1, 1, H, W]; as one view where it can be, since indexing with None makes two."""
+    return noise.view(1, 1, *noise.shape) if noise.is_contiguous() else noise[None, None]
 
 
 def contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,7 +112,8 @@ def contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _noise_strength(strength: float | Tensor, noise: Tensor, wide: torch.dtype) -> Tensor:
     if not isinstance(strength, Tensor):
         return torch.full((), float(strength), dtype=wide, device=noise.device)
-    return strength.to(wide).reshape(())
+    strength = strength if strength.dtype == wide else strength.to(wide)
+    return strength if strength.ndim == 0 else strength.reshape(())
 
 
 def epilogue_grads(

@@ -247,6 +247,10 @@ def _asked(ctx: Any) -> tuple[bool, ...]:
     alone, and would compute every weight's gradient for nothing; torch's own operators ask the engine, and so does
     this.
     """
+    # Of one input that needs a gradient there is nothing to ask: this node runs for it. Asking can cost tens of
+    # microseconds.
+    if sum(ctx.needs_input_grad) == 1:
+        return ctx.needs_input_grad
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
     return tuple(need and _will_run(next(nodes)) for need in ctx.needs_input_grad)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._epilogue import Activated, contiguous, dense
 from fastgan.ops._library import define
+from fastgan.ops._plans import find_plan
 from fastgan.reference import bias_act as reference
 from fastgan.reference.activation import ACTIVATIONS, resolve
 
@@ -55,6 +58,37 @@ def bias_act(
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, section 2 (lrelu 0.2,
     gain √2).
     """
+    plan = find_plan("bias_act", _make_plan, (x, b), (dim, act, alpha, gain, clamp, backend))
+    if plan.reference:
+        y = reference.bias_act(x, b, dim=plan.dim, **plan.settings._asdict())
+    else:
+        x = dense(x) if b is None or plan.dim == 1 else x.contiguous()
+        b = None if b is None else contiguous(b, plan.wide)
+        y = _op(x, b, plan.dim, *plan.settings)
+    if _check.DEBUG:
+        _check.no_nan("bias_act", y)
+    return y
+
+
+class _Plan(NamedTuple):
+    """What follows from a call's signature."""
+
+    reference: bool
+    dim: int  # from 0 on if there is a bias
+    settings: Activated
+    wide: torch.dtype  # of the bias
+
+
+def _make_plan(
+    x: Tensor,
+    b: Tensor | None,
+    dim: int,
+    act: str,
+    alpha: float | None,
+    gain: float | None,
+    clamp: float | None,
+    backend: str | None,
+) -> _Plan:
     op = "bias_act"
     _check.tensor(op, "x", x)
     if 0 in x.shape[1:]:
@@ -71,14 +105,8 @@ def bias_act(
     if clamp is not None and not clamp > 0:
         raise ValueError(f"{op}: clamp must be above 0 or None, got {clamp}")
     settings = Activated(act, *resolve(act, alpha, gain), clamp)
-    if backends.choose(op, backend, _BACKENDS, x.device, x.dtype) == "reference":
-        y = reference.bias_act(x, b, dim=dim, **settings._asdict())
-    else:
-        x = x.contiguous() if b is not None and dim != 1 else dense(x)
-        b = None if b is None else contiguous(b, _check.accumulate_dtype(x.dtype))
-        y = _op(x, b, dim, *settings)
-    _check.no_nan(op, y)
-    return y
+    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
+    return _Plan(chosen == "reference", dim, settings, _check.accumulate_dtype(x.dtype))
 
 
 def _fallback(

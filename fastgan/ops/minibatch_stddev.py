@@ -11,6 +11,7 @@ from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._epilogue import dense, is_channels_last
 from fastgan.ops._library import define
+from fastgan.ops._plans import find_plan
 from fastgan.reference import minibatch_stddev as reference
 
 _BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
@@ -43,6 +44,21 @@ def minibatch_stddev(
 
     Source: Karras et al., "Progressive Growing of GANs", 2018, section 3.
     """
+    options = (group_size, num_channels, eps, backend)
+    chosen, group, eps = find_plan("minibatch_stddev", _make_plan, (x,), options)
+    if chosen == "reference":
+        y = reference.minibatch_stddev(x, group_size=group, num_channels=num_channels, eps=eps)
+    else:
+        y = _op(dense(x) if num_channels == 1 else x.contiguous(), group, num_channels, eps)
+    if _check.DEBUG:
+        _check.no_nan("minibatch_stddev", y)
+    return y
+
+
+def _make_plan(
+    x: Tensor, group_size: int, num_channels: int, eps: float, backend: str | None
+) -> tuple[str, int, float]:
+    """(backend, samples in a group, eps)."""
     op = "minibatch_stddev"
     _check.tensor(op, "x", x, ndim=4)
     n, channels, height, width = x.shape
@@ -55,12 +71,7 @@ def minibatch_stddev(
         raise ValueError(f"{op}: num_channels must be at least 1 and divide C = {channels}, got {num_channels}")
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    if backends.choose(op, backend, _BACKENDS, x.device, x.dtype) == "reference":
-        y = reference.minibatch_stddev(x, group_size=group, num_channels=num_channels, eps=eps)
-    else:
-        y = _op(dense(x) if num_channels == 1 else x.contiguous(), group, num_channels, float(eps))
-    _check.no_nan(op, y)
-    return y
+    return backends.choose(op, backend, _BACKENDS, x.device, x.dtype), group, float(eps)
 
 
 def _empty_result(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._epilogue import check_epilogue
+from fastgan.ops._plans import epilogue_parts, find_plan
 from fastgan.ops.demodulated_conv2d import demodulated_conv2d
 from fastgan.ops.demodulation import WeightEnergy, demodulation
 from fastgan.ops.scaled_conv2d import scaled_conv2d
@@ -18,8 +20,7 @@ from fastgan.reference import modulated_conv2d as reference
 from fastgan.reference.epilogue import Epilogue
 
 _PRENORMALIZE = ("auto", "none", "stylegan2_fp16", "stylegan3")
-
-
+_NOTHING = Epilogue()
 _BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
@@ -92,89 +93,122 @@ def modulated_conv2d(
     Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, equations 1 and 3;
     "Alias-Free Generative Adversarial Networks", 2021, section 3.2 (input_gain, stylegan3).
     """
-    op = "modulated_conv2d"
-    sides = _check_options(op, up, down, padding, eps, prenormalize)
-    _check_operands(op, x, weight, style, input_gain, weight_energy)
-    check_filter(op, "resample_filter", resample_filter, x)
-    kernel, taps = (weight.shape[3], weight.shape[2]), filter_size(resample_filter)
-    height, width = _output_size(op, x, kernel, taps, up, down, sides)
-    if epilogue is not None:
-        check_epilogue(op, epilogue, x, (x.shape[0], weight.shape[0], height, width))
-    (x,) = _check.autocast(x)
-    if prenormalize == "auto":
-        prenormalize = "stylegan2_fp16" if x.dtype == torch.float16 else "none"
-    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
-    convolve = _convolution(
-        chosen, x, weight, style, weight_energy, epilogue,
-        demodulate=demodulate, eps=eps, prenormalize=prenormalize, input_gain=input_gain, backend=backend,
-    )  # fmt: skip
-    weight = weight.to(x.dtype)
-    if flip_weight is None:
-        flip_weight = up == 1
-    pointwise = kernel == (1, 1)
-
-    if up == down == 1:
-        weight = weight if flip_weight else weight.flip((2, 3))
-        return convolve(x, weight, padding=sides, epilogue=epilogue)
-    if down > 1:
-        weight = weight if flip_weight else weight.flip((2, 3))
-        fir_padding = reference.downsampling_padding(sides, taps, down)
-        fir_down, stride = (down, 1) if pointwise else (1, down)
-        x = upfirdn2d(x, resample_filter, down=fir_down, padding=fir_padding, backend=backend)
-        return convolve(x, weight, stride=stride, epilogue=epilogue)
-    if pointwise:
-        x = convolve(x, weight)
-        fir_up, fir_padding = up, reference.upsampling_padding(sides, taps, up)
+    if isinstance(x, Tensor):
+        (x,) = _check.autocast(x)
+    tensors, settings = epilogue_parts(_NOTHING if epilogue is None else epilogue)
+    options = (demodulate, up, down, padding, eps, prenormalize, flip_weight, *settings, backend)
+    energy = (None, None) if weight_energy is None else weight_energy
+    operands = (x, weight, style, input_gain, resample_filter, *energy, *tensors)
+    plan = find_plan("modulated_conv2d", _make_plan, operands, options)
+    known = demodulate and weight_energy is not None and not plan.reference
+    if known and not _records_gradient(operands):
+        factors = {"prenormalize": plan.prenormalize, "eps": eps, "input_gain": input_gain}
+        convolve = partial(demodulated_conv2d, style=style, energy=weight_energy, **factors)
     else:
-        # A transposed convolution spreads its weight as it is, which is a convolution with it, not a correlation.
-        weight = (weight.flip((2, 3)) if flip_weight else weight).transpose(0, 1)
-        x = convolve(x, weight, stride=up, transposed=True)
-        fir_up, fir_padding = 1, reference.transposed_filter_padding(sides, kernel, taps, up)
-    return upfirdn2d(
-        x, resample_filter, up=fir_up, padding=fir_padding, gain=up * up, epilogue=epilogue, backend=backend
-    )
+        in_scale, out_scale = _scales(weight, style, input_gain, plan, demodulate, float(eps))
+        convolve = partial(scaled_conv2d, in_scale=in_scale, out_scale=out_scale, backend=backend)
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    weight = weight.flip((2, 3)) if plan.flip else weight
+    stride, padding, fir = plan.stride, plan.padding, plan.fir
+    if up == down == 1:
+        return convolve(x, weight, padding=padding, epilogue=epilogue)
+    if down > 1:
+        x = upfirdn2d(x, resample_filter, **fir, backend=backend)
+        return convolve(x, weight, stride=stride, epilogue=epilogue)
+    x = convolve(x, weight.transpose(0, 1), stride=stride, transposed=True) if plan.transposed else convolve(x, weight)
+    return upfirdn2d(x, resample_filter, **fir, epilogue=epilogue, backend=backend)
 
 
-def _convolution(
-    chosen: str,
+class _Plan(NamedTuple):
+    """What follows from a call's signature."""
+
+    reference: bool
+    prenormalize: str
+    flip: bool  # the weight is turned around
+    transposed: bool
+    stride: int
+    padding: reference.Sides  # of the convolution
+    fir: dict[str, Any]  # the options of the upfirdn2d before or behind it
+
+
+def _make_plan(
     x: Tensor,
     weight: Tensor,
     style: Tensor,
-    energy: WeightEnergy | None,
-    epilogue: Epilogue | None,
-    *,
+    input_gain: float | Tensor | None,
+    resample_filter: Tensor | None,
+    energy: Tensor | None,
+    peak: Tensor | None,
+    noise: Tensor | None,
+    noise_strength: float | Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
     demodulate: bool,
+    up: int,
+    down: int,
+    padding: int | tuple[int, ...],
     eps: float,
     prenormalize: str,
+    flip_weight: bool | None,
+    *options,
+) -> _Plan:
+    """``options``: the epilogue's act, alpha, gain, clamp, residual_gain; the backend asked for."""
+    op = "modulated_conv2d"
+    *settings, residual_gain, backend = options
+    sides = _check_options(op, up, down, padding, eps, prenormalize)
+    _check_operands(op, x, weight, style, input_gain, None if energy is None else WeightEnergy(energy, peak))
+    check_filter(op, "resample_filter", resample_filter, x)
+    kernel, taps = (weight.shape[3], weight.shape[2]), filter_size(resample_filter)
+    height, width = _output_size(op, x, kernel, taps, up, down, sides)
+    epilogue = Epilogue(noise, noise_strength, bias, *settings, residual, residual_gain)
+    check_epilogue(op, epilogue, x, (x.shape[0], weight.shape[0], height, width))
+    if prenormalize == "auto":
+        prenormalize = "stylegan2_fp16" if x.dtype == torch.float16 else "none"
+    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
+    correlates = up == 1 if flip_weight is None else flip_weight
+    pointwise = kernel == (1, 1)
+    transposed, stride, fir = up > 1 and not pointwise, 1, {}
+    if down > 1:
+        before, stride = (down, 1) if pointwise else (1, down)
+        fir = {"down": before, "padding": reference.downsampling_padding(sides, taps, down)}
+    elif transposed:
+        stride = up
+        fir = {"padding": reference.transposed_filter_padding(sides, kernel, taps, up), "gain": up * up}
+    elif up > 1:
+        fir = {"up": up, "padding": reference.upsampling_padding(sides, taps, up), "gain": up * up}
+    # A transposed convolution spreads its weight as it is, which is a convolution with it, not a correlation.
+    flip = not pointwise and correlates == transposed
+    return _Plan(chosen == "reference", prenormalize, flip, transposed, stride, sides, fir)
+
+
+def _scales(
+    weight: Tensor,
+    style: Tensor,
     input_gain: float | Tensor | None,
-    backend: str | None,
-) -> Callable[..., Tensor]:
-    """The convolution with its scales bound: (x, weight, geometry, epilogue) -> result."""
-    known = demodulate and energy is not None and chosen != "reference"
-    if known and not _records_gradient(x, weight, style, input_gain, epilogue):
-        options = {"prenormalize": prenormalize, "eps": eps, "input_gain": input_gain}
-        return lambda x, weight, **rest: demodulated_conv2d(x, weight, style, energy, **options, **rest)
-    if chosen == "reference" or not demodulate:
-        in_scale, out_scale = reference.modulation_scales(
-            weight, style, demodulate=demodulate, eps=eps, prenormalize=prenormalize, input_gain=input_gain
+    plan: _Plan,
+    demodulate: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """in_scale [N, C_in] and out_scale [N, C_out], which is None unless ``demodulate``."""
+    if plan.reference:
+        return reference.modulation_scales(
+            weight, style, demodulate=demodulate, eps=eps, prenormalize=plan.prenormalize, input_gain=input_gain
         )
+    if demodulate:
+        in_scale, out_scale = demodulation(weight, style, prenormalize=plan.prenormalize, eps=eps)
     else:
-        in_scale, out_scale = demodulation(weight, style, prenormalize=prenormalize, eps=eps)
-        if input_gain is not None:
-            in_scale = in_scale * (input_gain.to(in_scale.dtype) if isinstance(input_gain, Tensor) else input_gain)
-    return lambda x, weight, **rest: scaled_conv2d(x, weight, in_scale, out_scale, backend=backend, **rest)
+        wide = torch.float64 if torch.float64 in (weight.dtype, style.dtype) else torch.float32
+        in_scale, out_scale = style if style.dtype == wide else style.to(wide), None
+    if input_gain is not None:
+        in_scale = in_scale * (input_gain.to(in_scale.dtype) if isinstance(input_gain, Tensor) else input_gain)
+    return in_scale, out_scale
 
 
-def _records_gradient(
-    x: Tensor, weight: Tensor, style: Tensor, input_gain: float | Tensor | None, epilogue: Epilogue | None
-) -> bool:
+def _records_gradient(operands: tuple[Any, ...]) -> bool:
     """Whether autograd, or a transform of torch.func, looks at this call."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True
-    tensors = [x, weight, style, input_gain]
-    if epilogue is not None:
-        tensors += [epilogue.noise, epilogue.noise_strength, epilogue.bias, epilogue.residual]
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([isinstance(t, Tensor) and t.requires_grad for t in operands])
 
 
 def _check_options(

@@ -9,6 +9,7 @@ from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._epilogue import dense
 from fastgan.ops._library import define
+from fastgan.ops._plans import find_plan
 from fastgan.reference import pixel_norm as reference
 
 _BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
@@ -37,6 +38,18 @@ def pixel_norm(x: Tensor, *, dim: int = 1, eps: float = 1e-8, backend: str | Non
 
     Source: Karras et al., "Progressive Growing of GANs", 2018, section 4.2.
     """
+    chosen, dim, eps = find_plan("pixel_norm", _make_plan, (x,), (dim, eps, backend))
+    if chosen == "reference":
+        y = reference.pixel_norm(x, dim=dim, eps=eps)
+    else:
+        y = _op(dense(x) if dim == 1 else x.contiguous(), dim, eps)
+    if _check.DEBUG:
+        _check.no_nan("pixel_norm", y)
+    return y
+
+
+def _make_plan(x: Tensor, dim: int, eps: float, backend: str | None) -> tuple[str, int, float]:
+    """(backend, dim from 0 on, eps)."""
     op = "pixel_norm"
     _check.tensor(op, "x", x)
     if not -x.ndim <= dim < x.ndim:
@@ -45,13 +58,7 @@ def pixel_norm(x: Tensor, *, dim: int = 1, eps: float = 1e-8, backend: str | Non
         raise ValueError(f"{op}: x must not be empty along dim {dim}, got {list(x.shape)}")
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    dim %= x.ndim
-    if backends.choose(op, backend, _BACKENDS, x.device, x.dtype) == "reference":
-        y = reference.pixel_norm(x, dim=dim, eps=eps)
-    else:
-        y = _op(dense(x) if dim == 1 else x.contiguous(), dim, float(eps))
-    _check.no_nan(op, y)
-    return y
+    return backends.choose(op, backend, _BACKENDS, x.device, x.dtype), dim % x.ndim, float(eps)
 
 
 def _fallback(x: Tensor, dim: int, eps: float) -> Tensor:

@@ -19,6 +19,7 @@ from fastgan.ops._conv_arguments import ConvArguments, check_call, kernel_tensor
 from fastgan.ops._conv_arguments import resolve as resolve_arguments
 from fastgan.ops._epilogue import Activated, epilogue_grads
 from fastgan.ops._library import define
+from fastgan.ops._plans import epilogue_parts, find_plan
 from fastgan.ops.epilogue_grad import epilogue_grad
 from fastgan.ops.pixel_dot import pixel_dot
 from fastgan.reference.activation import resolve
@@ -119,35 +120,28 @@ class _Plan:
     from_output: bool  # the backward can work from y alone
 
 
-# A network makes the same few calls in every step, and checking one costs as much as a small layer. Cleared when shapes
-# that keep changing have filled it.
-_plans: dict[tuple, _Plan] = {}
-_PLANS_MOST = 4096
-
-
 def _find_plan(x, weight, in_scale, out_scale, options: tuple, epilogue: Epilogue, backend: str | None) -> _Plan:
     """The plan of a call; raises for one that is wrong."""
-    if torch.compiler.is_compiling():
-        return _make_plan(x, weight, in_scale, out_scale, options, epilogue, backend)
-    e = epilogue
-    tensors = (x, weight, in_scale, out_scale, e.noise, e.noise_strength, e.bias, e.residual)
-    signature = (
-        *[(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else type(t) for t in tensors],
-        *[tuple(option) if isinstance(option, list) else option for option in options],
-        (e.act, e.alpha, e.gain, e.clamp, e.residual_gain),
-        backend,
-        backends.override(),
-    )
-    plan = _plans.get(signature)
-    if plan is None:
-        plan = _make_plan(x, weight, in_scale, out_scale, options, epilogue, backend)
-        if len(_plans) >= _PLANS_MOST:
-            _plans.clear()
-        _plans[signature] = plan
-    return plan
+    tensors, settings = epilogue_parts(epilogue)
+    options = tuple([tuple(option) if isinstance(option, list) else option for option in options])
+    return find_plan(_NAME, _make_plan, (x, weight, in_scale, out_scale, *tensors), (options, settings, backend))
 
 
-def _make_plan(x, weight, in_scale, out_scale, options: tuple, epilogue: Epilogue, backend: str | None) -> _Plan:
+def _make_plan(
+    x,
+    weight,
+    in_scale,
+    out_scale,
+    noise,
+    noise_strength,
+    bias,
+    residual,
+    options: tuple,
+    settings: tuple,
+    backend: str | None,
+) -> _Plan:
+    *pointwise, residual_gain = settings
+    epilogue = Epilogue(noise, noise_strength, bias, *pointwise, residual, residual_gain)
     args = resolve_arguments(*options)
     check_call(x, weight, in_scale, out_scale, args, epilogue)
     chosen = backends.choose(_NAME, backend, _BACKENDS, x.device, x.dtype)

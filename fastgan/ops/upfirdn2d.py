@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastgan.ops._epilogue import (
     is_channels_last,
 )
 from fastgan.ops._library import define
+from fastgan.ops._plans import epilogue_parts, find_plan
 from fastgan.reference import upfirdn2d as reference
 from fastgan.reference.activation import resolve
 from fastgan.reference.epilogue import Epilogue
@@ -93,7 +95,60 @@ def upfirdn2d(
     Source: Karras et al., "Alias-Free Generative Adversarial Networks", 2021, section 3.1; multirate filtering:
     insert zeros, filter, decimate.
     """
+    epilogue = _NOTHING if epilogue is None else epilogue
+    tensors, settings = epilogue_parts(epilogue)
+    trained = isinstance(f, Tensor) and f.requires_grad and torch.is_grad_enabled()
+    options = (up, down, padding, flip_filter, gain, *settings, trained, backend)
+    plan = find_plan("upfirdn2d", _make_plan, (x, f, *tensors), options)
+    if plan.reference:
+        factors_up, factors_down, sides, flip, factor = plan.fir
+        y = reference.upfirdn2d(
+            x,
+            f,
+            up=factors_up,
+            down=factors_down,
+            padding=sides,
+            flip_filter=flip,
+            gain=factor,
+            epilogue=epilogue,
+        )
+    else:
+        f = None if f is None else contiguous(f, plan.wide)
+        tensors = epilogue_tensors(epilogue, x.dtype)
+        y = _op(dense(x), f, *tensors, *plan.fir, *plan.act, plan.residual_gain)
+    if _check.DEBUG:
+        _check.no_nan("upfirdn2d", y)
+    return y
+
+
+class _Plan(NamedTuple):
+    """What follows from a call's signature."""
+
+    reference: bool
+    fir: tuple  # up, down, padding, flip_filter, gain
+    act: Activated
+    residual_gain: float
+    wide: torch.dtype  # of the filter
+
+
+def _make_plan(
+    x: Tensor,
+    f: Tensor | None,
+    noise: Tensor | None,
+    noise_strength: float | Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    up: int | Sequence[int],
+    down: int | Sequence[int],
+    padding: int | Sequence[int],
+    flip_filter: bool,
+    gain: float,
+    *options,
+) -> _Plan:
+    """``options``: the epilogue's act, alpha, gain, clamp, residual_gain; whether f is trained; the backend."""
     op = "upfirdn2d"
+    *settings, residual_gain, trained, backend = options
+    epilogue = Epilogue(noise, noise_strength, bias, *settings, residual, residual_gain)
     _check.tensor(op, "x", x, ndim=4)
     if 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must have C, H and W of at least 1, got {list(x.shape)}")
@@ -101,28 +156,11 @@ def upfirdn2d(
     factors_up, factors_down = parse_factor(op, "up", up), parse_factor(op, "down", down)
     sides = parse_padding(op, padding)
     height, width = output_size(op, x, filter_size(f), factors_up, factors_down, sides)
-    epilogue = _NOTHING if epilogue is None else epilogue
     check_epilogue(op, epilogue, x, (x.shape[0], x.shape[1], height, width))
-    trained = f is not None and f.requires_grad and torch.is_grad_enabled()
-    if backends.choose(op, backend, _BACKENDS, x.device, x.dtype, trained=trained) == "reference":
-        y = reference.upfirdn2d(
-            x,
-            f,
-            up=factors_up,
-            down=factors_down,
-            padding=sides,
-            flip_filter=flip_filter,
-            gain=float(gain),
-            epilogue=epilogue,
-        )
-    else:
-        f = None if f is None else contiguous(f, _check.accumulate_dtype(x.dtype))
-        act = Activated(epilogue.act, *resolve(epilogue.act, epilogue.alpha, epilogue.gain), epilogue.clamp)
-        tensors = epilogue_tensors(epilogue, x.dtype)
-        fir = (factors_up, factors_down, sides, bool(flip_filter), float(gain))
-        y = _op(dense(x), f, *tensors, *fir, *act, float(epilogue.residual_gain))
-    _check.no_nan(op, y)
-    return y
+    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype, trained=trained)
+    act = Activated(epilogue.act, *resolve(epilogue.act, epilogue.alpha, epilogue.gain), epilogue.clamp)
+    fir = (factors_up, factors_down, sides, bool(flip_filter), float(gain))
+    return _Plan(chosen == "reference", fir, act, float(residual_gain), _check.accumulate_dtype(x.dtype))
 
 
 def check_filter(op: str, name: str, f: Tensor | None, x: Tensor) -> None:
