@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x, const OptionalTenso
   if (x.numel() == 0) return {y, new_mean, new_var};
   dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
-    const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt,
-                                         mean.value_or(new_mean), var.value_or(new_var));
+    const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt, mean.value_or(new_mean),
+                                         var.value_or(new_var));
     const auto run = as_rows(x, channels_last) ? rows_forward<T, C> : planes_forward<T, C>;
     run(problem, source.const_data_ptr<T>(), y.mutable_data_ptr<T>(), new_mean.mutable_data_ptr<double>(),
         new_var.mutable_data_ptr<double>());
@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_grad(const Tensor& gy, const Tensor&
   const NormSettings settings{batch, fixed, eps, parse_act(op, act), alpha, gain};
   const bool channels_last = is_channels_last(x);
   const Tensor dense_gy = in_layout(gy, channels_last), dense_x = in_layout(x, channels_last);
-  Tensor grad_x = empty_image_grad(x, channels_last, need_x), grad_weight = empty_parameter_grad(x, weight, need_weight),
+  Tensor grad_x = empty_image_grad(x, channels_last, need_x),
+         grad_weight = empty_parameter_grad(x, weight, need_weight),
          grad_bias = empty_parameter_grad(x, bias, need_bias);
   dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
@@ -119,18 +120,21 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_grad(const Tensor& gy, const Tensor&
   return {grad_x, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_grad_grad(
-    const OptionalTensor& h, const OptionalTensor& h_weight, const OptionalTensor& h_bias, const Tensor& gy,
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-    bool batch, bool fixed, double eps, std::string act, double alpha, double gain, bool need_gy, bool need_x,
-    bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_grad_grad(const OptionalTensor& h, const OptionalTensor& h_weight,
+                                                              const OptionalTensor& h_bias, const Tensor& gy,
+                                                              const Tensor& x, const OptionalTensor& weight,
+                                                              const OptionalTensor& bias, const Tensor& mean,
+                                                              const Tensor& var, bool batch, bool fixed, double eps,
+                                                              std::string act, double alpha, double gain, bool need_gy,
+                                                              bool need_x, bool need_weight, bool need_bias) {
   const char* const op = "norm_act_grad_grad";
   const NormSettings settings{batch, fixed, eps, parse_act(op, act), alpha, gain};
   const bool channels_last = is_channels_last(x);
   const Tensor dense_gy = in_layout(gy, channels_last), dense_x = in_layout(x, channels_last);
   const OptionalTensor dense_h = h ? OptionalTensor(in_layout(*h, channels_last)) : std::nullopt;
   Tensor grad_gy = empty_image_grad(x, channels_last, need_gy), grad_x = empty_image_grad(x, channels_last, need_x),
-         grad_weight = empty_parameter_grad(x, weight, need_weight), grad_bias = empty_parameter_grad(x, bias, need_bias);
+         grad_weight = empty_parameter_grad(x, weight, need_weight),
+         grad_bias = empty_parameter_grad(x, bias, need_bias);
   dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
     NormSums sums(kSecondSums, x.size(0), x.size(1)), weight_sums(1, x.size(0), x.size(1));

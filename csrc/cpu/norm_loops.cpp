@@ -81,9 +81,8 @@ FASTGAN_INLINE void forward_loop(const NormBlock<C>& b) {
   const C* const x = b.x;
   C* const y = b.out;
   const C alpha = b.alpha, gain = b.gain;
-  for_each(b, [=](int64_t i, int64_t at) FASTGAN_LAMBDA_INLINE {
-    y[at] = gain * act_value<A>(u(x[at], i) * weight[i] + bias[i], alpha);
-  });
+  for_each(b, [=](int64_t i, int64_t at)
+                  FASTGAN_LAMBDA_INLINE { y[at] = gain * act_value<A>(u(x[at], i) * weight[i] + bias[i], alpha); });
 }
 
 template <Act A, bool kPlanar, typename C>
@@ -146,9 +145,8 @@ template <bool kPlanar, typename C>
 FASTGAN_INLINE void first_sums_loop(const NormBlock<C>& b) {
   const Normalised<kPlanar, C> u(b);
   const C *const x = b.x, *const g = b.g;
-  accumulate<kPlanar, 2>(b, [=](int64_t i, int64_t at) FASTGAN_LAMBDA_INLINE {
-    return Terms<C>{g[at], g[at] * u(x[at], i)};
-  });
+  accumulate<kPlanar, 2>(
+      b, [=](int64_t i, int64_t at) FASTGAN_LAMBDA_INLINE { return Terms<C>{g[at], g[at] * u(x[at], i)}; });
 }
 
 template <bool kPlanar, typename C>
@@ -157,9 +155,8 @@ FASTGAN_INLINE void first_apply_loop(const NormBlock<C>& b) {
   const Coefficient<kPlanar, C> by_g(b, kGradG), one(b, kGradOne), by_u(b, kGradU);
   const C *const x = b.x, *const g = b.g;
   C* const gx = b.out;
-  for_each(b, [=](int64_t i, int64_t at) FASTGAN_LAMBDA_INLINE {
-    gx[at] = by_g[i] * g[at] + (by_u[i] * u(x[at], i) + one[i]);
-  });
+  for_each(b, [=](int64_t i, int64_t at)
+                  FASTGAN_LAMBDA_INLINE { gx[at] = by_g[i] * g[at] + (by_u[i] * u(x[at], i) + one[i]); });
 }
 
 template <bool kPlanar, typename C>
@@ -202,20 +199,19 @@ FASTGAN_INLINE void second_apply_loop(const NormBlock<C>& b) {
 
 namespace norm {
 
-#define FASTGAN_NORM_ACT_LOOP(name)                                                                 \
-  template <typename C>                                                                             \
-  FASTGAN_INLINE void name##_any(const NormBlock<C>& b) {                                           \
-    dispatch_act(b.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE {                                        \
-      b.planar ? name##_loop<A, true>(b) : name##_loop<A, false>(b);                                \
-    });                                                                                             \
-  }                                                                                                 \
-  FASTGAN_MULTIVERSION void name(const NormBlock<float>& b) { name##_any(b); }                      \
+#define FASTGAN_NORM_ACT_LOOP(name)                                                                                    \
+  template <typename C>                                                                                                \
+  FASTGAN_INLINE void name##_any(const NormBlock<C>& b) {                                                              \
+    dispatch_act(                                                                                                      \
+        b.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE { b.planar ? name##_loop<A, true>(b) : name##_loop<A, false>(b); }); \
+  }                                                                                                                    \
+  FASTGAN_MULTIVERSION void name(const NormBlock<float>& b) { name##_any(b); }                                         \
   void name(const NormBlock<double>& b) { name##_any(b); }
 
-#define FASTGAN_NORM_LOOP(name)                                                                     \
-  FASTGAN_MULTIVERSION void name(const NormBlock<float>& b) {                                       \
-    b.planar ? name##_loop<true>(b) : name##_loop<false>(b);                                        \
-  }                                                                                                 \
+#define FASTGAN_NORM_LOOP(name)                               \
+  FASTGAN_MULTIVERSION void name(const NormBlock<float>& b) { \
+    b.planar ? name##_loop<true>(b) : name##_loop<false>(b);  \
+  }                                                           \
   void name(const NormBlock<double>& b) { b.planar ? name##_loop<true>(b) : name##_loop<false>(b); }
 
 FASTGAN_NORM_ACT_LOOP(forward)

@@ -54,8 +54,8 @@ struct NormBlock {
   C *out, *second_out;
 };
 
-#define FASTGAN_NORM_LOOP(name)           \
-  void name(const NormBlock<float>& b);   \
+#define FASTGAN_NORM_LOOP(name)         \
+  void name(const NormBlock<float>& b); \
   void name(const NormBlock<double>& b);
 
 namespace norm {

@@ -27,10 +27,15 @@ struct NormRuns {
   }
 
   int64_t values() const { return samples * problem.pixels; }
+  // Whether a group's run has coefficients of its own.
+  bool new_coefficients(int64_t run) const { return run == 0 || problem.per_sample(); }
   int64_t offset(const NormGroup& group, int64_t run) const {
     return ((group.begin + run) * problem.c + group.channel) * problem.pixels;
   }
-  int64_t grain() const { return std::max<int64_t>(1, kGrainElements / values()); }
+  int64_t grain() const {
+    constexpr int64_t kGroupCost = 256;  // a group's statistics and coefficients, in values
+    return std::max<int64_t>(1, kGrainElements / (values() + kGroupCost));
+  }
 };
 
 inline void gather(const float* from, float* to, int64_t n) { std::copy_n(from, n, to); }
@@ -154,7 +159,7 @@ void planes_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, dou
         var[i] = moments.variance();
       }
       for (int64_t r = 0; r < runs.count; ++r) {
-        p.affine(group.begin + r, group.channel, coefficients, 1);
+        if (runs.new_coefficients(r)) p.affine(group.begin + r, group.channel, coefficients, 1);
         const C* const from = source.run(group, r);
         C* const to = target.run(group, r);
         for_blocks(runs.length, [&](int64_t at, int64_t n) {
@@ -175,24 +180,28 @@ void planes_backward(const NormProblem<C>& p, const T* gy, const T* x, T* gx, bo
     NormSource<T> x_source(runs, x), gy_source(runs, gy);
     std::optional<NormTarget<T>> target;
     if (gx) target.emplace(runs, gx);
-    C coefficients[kFirst], g[kBlock], partial[kFirstSums];
+    C coefficients[kFirst], partial[kFirstSums];
+    // The cotangents of a whole group, if they stay in the second-level cache until they are wanted again.
+    constexpr int64_t kKept = 32768;
+    const bool kept = need_sums && runs.values() <= kKept;
+    std::vector<C> cotangents(kept ? runs.values() : kBlock);
     NormBlock<C> block = planar_block<C>(p, coefficients, partial);
-    block.g = g;
     for (int64_t i = begin; i < end; ++i) {
       const NormGroup group = p.group(i);
       x_source.load(group);
       gy_source.load(group);
-      const auto for_cotangents = [&](int64_t r, auto&& f) {
+      const auto for_cotangents = [&](int64_t r, bool made, auto&& f) {
         const C *const from_x = x_source.run(group, r), *const from_gy = gy_source.run(group, r);
         for_blocks(runs.length, [&](int64_t at, int64_t n) {
           block.x = from_x + at, block.gy = from_gy + at, block.n = n;
-          norm::cotangent(block);
+          block.g = cotangents.data() + (kept ? r * runs.length + at : 0);
+          if (!made) norm::cotangent(block);
           f(at);
         });
       };
       for (int64_t r = 0; r < runs.count && need_sums; ++r) {
-        p.affine(group.begin + r, group.channel, coefficients, 1);
-        for_cotangents(r, [&](int64_t) {
+        if (runs.new_coefficients(r)) p.affine(group.begin + r, group.channel, coefficients, 1);
+        for_cotangents(r, false, [&](int64_t) {
           std::fill_n(partial, kFirstSums, C(0));
           norm::first_sums(block);
           for (int k = 0; k < kFirstSums; ++k) sums.at(k, group.begin + r, group.channel) += partial[k];
@@ -201,10 +210,12 @@ void planes_backward(const NormProblem<C>& p, const T* gy, const T* x, T* gx, bo
       if (!gx) continue;
       const NormFirstMeans<C> means(p, sums, group);
       for (int64_t r = 0; r < runs.count; ++r) {
-        p.affine(group.begin + r, group.channel, coefficients, 1);
-        means.coefficients(p, group.begin + r, group.channel, coefficients, 1);
+        if (runs.new_coefficients(r)) {
+          p.affine(group.begin + r, group.channel, coefficients, 1);
+          means.coefficients(p, group.begin + r, group.channel, coefficients, 1);
+        }
         C* const to = target->run(group, r);
-        for_cotangents(r, [&](int64_t at) {
+        for_cotangents(r, kept, [&](int64_t at) {
           block.out = to + at;
           norm::first_apply(block);
         });
@@ -247,11 +258,12 @@ void planes_second(const NormProblem<C>& p, const T* h, const T* gy, const T* x,
         });
       };
       for (int64_t r = 0; r < runs.count; ++r) {
-        p.affine(group.begin + r, group.channel, coefficients, 1);
+        if (runs.new_coefficients(r)) p.affine(group.begin + r, group.channel, coefficients, 1);
         add_sums(r, 0, kPlainSums, norm::second_sums);
       }
       NormSecondMeans<C> means(p, sums, group);
       const auto set_coefficients = [&](int64_t r) {
+        if (!runs.new_coefficients(r)) return;
         p.affine(group.begin + r, group.channel, coefficients, 1);
         means.coefficients(p, group.begin + r, group.channel, coefficients, 1);
       };

@@ -4,7 +4,8 @@
 // A group is what has one mean: a channel of a sample (instance) or of the batch (batch), M values. Of its values, with
 // <.> their mean, r = rstd, u normalised, g the cotangent of z and k = weight * g that of u:
 //
-//   gx = r (k - <k> - u <k u>)                                                       (Ioffe and Szegedy 2015, section 3)
+//   gx = r (k - <k> - u <k u>)                                                       (Ioffe and Szegedy 2015, section
+//   3)
 //
 // For the second order let h, hw, hb be the cotangents of gx and of the gradients of weight and bias. Their inner
 // product with these is the sum over the group of g q, where
@@ -79,9 +80,7 @@ struct NormProblem {
   bool curved() const { return act != Act::kLinear && act != Act::kRelu && act != Act::kLrelu; }
 
   int64_t statistic(int64_t sample, int64_t channel) const { return batch ? channel : sample * c + channel; }
-  double rstd(int64_t sample, int64_t channel) const {
-    return 1.0 / std::sqrt(var[statistic(sample, channel)] + eps);
-  }
+  double rstd(int64_t sample, int64_t channel) const { return 1.0 / std::sqrt(var[statistic(sample, channel)] + eps); }
 
   // Coefficient j of the channel goes to out[j * stride].
   void affine(int64_t sample, int64_t channel, C* out, int64_t stride) const {
@@ -181,6 +180,10 @@ struct Moments {
     return {n, about + sum / n, squares < 0.0 ? 0.0 : squares};  // in this form a NaN stays
   }
   void add(const Moments& part) {
+    if (count == 0) {
+      *this = part;
+      return;
+    }
     const double total = count + part.count, difference = part.mean - mean;
     mean += difference * (part.count / total);
     squares += part.squares + difference * difference * (count * part.count / total);

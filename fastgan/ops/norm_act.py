@@ -133,6 +133,7 @@ def _check_running(op: str, kind: str, running: Running, x: Tensor) -> None:
 def _advance(running: Running, mean: Tensor, var: Tensor, values: int) -> None:
     kept_mean, kept_var, momentum = running
     for kept, seen, factor in ((kept_mean, mean, 1.0), (kept_var, var, values / (values - 1))):
+        # Not lerp_, which wants one dtype.
         kept.mul_(1 - momentum).add_(seen, alpha=momentum * factor)
 
 
@@ -252,7 +253,10 @@ def _grad_fallback(gy, x, weight, bias, mean, var, *rest):
 
 def _grad_fake(gy, x, weight, bias, mean, var, *rest):
     wide = _check.accumulate_dtype(x.dtype)
-    grads = (torch.empty_like(t) if need else x.new_empty(0, dtype=wide) for t, need in zip((weight, bias), rest[7:], strict=True))
+    grads = (
+        torch.empty_like(t) if need else x.new_empty(0, dtype=wide)
+        for t, need in zip((weight, bias), rest[7:], strict=True)
+    )
     return torch.empty_like(x) if rest[6] else x.new_empty(0), *grads
 
 
