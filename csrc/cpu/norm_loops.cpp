@@ -121,7 +121,16 @@ FASTGAN_INLINE void sum_loop(const NormBlock<C>& b) {
     accumulate<kPlanar, 1>(b, [=](int64_t, int64_t at) FASTGAN_LAMBDA_INLINE { return Terms<C>{x[at]}; });
     return;
   }
-  // Four sums side by side: one addition alone waits for the one before it.
+  constexpr int64_t kShort = 512;
+  if (b.n < kShort) {
+    C s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = 0; i < b.n; ++i) s += x[i];
+    *b.sums += s;
+    return;
+  }
+  // Four sums side by side: one addition alone waits for the one before it. To add up their lanes costs more than that
+  // for a short row.
   const int64_t quarter = b.n / 4;
   const C *const x1 = x + quarter, *const x2 = x1 + quarter, *const x3 = x2 + quarter;
   C s0 = 0, s1 = 0, s2 = 0, s3 = 0;

@@ -19,7 +19,7 @@ struct NormRuns {
   int64_t count, length;
 
   NormRuns(const NormProblem<C>& p, bool half) : problem(p), samples(p.batch ? p.n : 1) {
-    constexpr int64_t kShortPlane = 64;  // a loop costs as much to begin as these values cost
+    constexpr int64_t kShortPlane = 512;  // sums over fewer values cost more than copying these costs
     gathered = half || (samples > 1 && p.pixels < kShortPlane);
     const bool merged = gathered && !p.per_sample();
     count = merged ? 1 : samples;
