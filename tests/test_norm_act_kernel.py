@@ -143,7 +143,7 @@ def test_one_outlier_does_not_spoil_the_variance() -> None:
     x = random(1, 1, 64, 64).float()
     x[0, 0, 0, 0] = 1e6
     got = ops.norm_act(x, backend="cpp")
-    assert max_error(got, ops.norm_act(x.double(), backend="reference")) < 1e-6
+    assert max_error(got, ops.norm_act(x.double(), backend="reference")) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["instance", "batch"])
