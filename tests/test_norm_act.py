@@ -168,9 +168,9 @@ def test_compiles_without_breaks() -> None:
 
 
 def test_backend_choice() -> None:
-    assert fastgan.explain("norm_act", random(1, 1, 4, 4)).backend == "reference"
-    with pytest.raises(ValueError, match=r"norm_act: backend 'cpp' .* has no kernel for this op"):
-        ops.norm_act(random(1, 1, 4, 4), backend="cpp")
+    assert fastgan.explain("norm_act", random(1, 1, 4, 4)).backend == "cpp"
+    with pytest.raises(ValueError, match=r"norm_act: backend 'triton' .* has no kernel for this op"):
+        ops.norm_act(random(1, 1, 4, 4), backend="triton")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from fastgan.models import PatchGAN
+from fastgan.models import PatchGAN, _layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True, params=["norm_act", "few"])
+def few_values(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of conv_norm_act for these small maps: through norm_act, and as it is, through torch's norms."""
+    if request.param == "norm_act":
+        monkeypatch.setattr(_layers, "FEW_VALUES", {"batch": 0, "instance": 0})
+    return request.param
 
 
 class PlainPatchGAN(nn.Module):

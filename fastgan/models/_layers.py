@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
 
 LRELU_SLOPE = 0.2
+# Below this many values per mean torch's layers are faster on two cores than norm_act, whose time is then that of its
+# calls; at the bound the two are equal in forward and backward together (bench/bench_norm_act.py).
+FEW_VALUES = {"batch": 1024, "instance": 256}
 
 
 def activation(act: str) -> dict[str, Any]:
@@ -81,23 +85,38 @@ def conv_norm_act(conv: nn.Module, norm: nn.Module, x: Tensor, act: str) -> Tens
     is one and normalisation and activation are one, where ``norm`` is torch's own BatchNorm2d or InstanceNorm2d. The
     norms stay torch's layers, so their keys, their type and what others do to them stay too: one that was exchanged
     (for SyncBatchNorm, say) or hooked is called as it is, and the activation follows; a hooked convolution gives its
-    own result to the hook.
+    own result to the hook. Maps of few values go through torch's layers too, where those are faster.
     """
     if type(norm) not in (nn.BatchNorm2d, nn.InstanceNorm2d) or _hooked(norm):
         return ops.bias_act(norm(conv(x)), **activation(act))
     if type(norm) is nn.InstanceNorm2d:
         if norm.track_running_stats:
             return ops.bias_act(norm(conv(x)), **activation(act))
-        return ops.norm_act(
-            conv(x), kind="instance", weight=norm.weight, bias=norm.bias, eps=norm.eps, **activation(act)
-        )
+        y = conv(x)
+        if _few_values(y, "instance"):
+            return _activate_(norm(y), act)
+        return ops.norm_act(y, kind="instance", weight=norm.weight, bias=norm.bias, eps=norm.eps, **activation(act))
     foldable = isinstance(conv, (ConvAct, UpConvAct)) and conv.act == "linear" and not _hooked(conv)
     if foldable and not norm.training and norm.running_mean is not None:
         return conv.convolve(x, *_scale_and_shift(norm, conv.bias), act)
+    y = conv(x)
+    if _few_values(y, "batch"):
+        return _activate_(norm(y), act)
     running = _advance(norm)
     return ops.norm_act(
-        conv(x), kind="batch", weight=norm.weight, bias=norm.bias, running=running, eps=norm.eps, **activation(act)
+        y, kind="batch", weight=norm.weight, bias=norm.bias, running=running, eps=norm.eps, **activation(act)
     )
+
+
+def _few_values(y: Tensor, kind: str) -> bool:
+    n, _, height, width = y.shape
+    # torch's norms refuse an empty batch, or spoil their running statistics with it.
+    return n > 0 and height * width * (n if kind == "batch" else 1) < FEW_VALUES[kind]
+
+
+def _activate_(y: Tensor, act: str) -> Tensor:
+    """Activates a norm's result in its place: no norm's backward reads it."""
+    return F.relu(y, inplace=True) if act == "relu" else F.leaky_relu(y, LRELU_SLOPE, inplace=True)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -1,0 +1,161 @@
+// norm_act: y = gain * act(weight * (x - mean) / sqrt(var + eps) + bias) with mean and variance per channel of a sample
+// or of the batch, and its gradients of first and second order. The formulas are in norm_problem.h.
+
+#include "norm_planes.h"
+#include "norm_rows.h"
+
+namespace fastgan {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+struct NormSettings {
+  bool batch, fixed;
+  double eps;
+  Act act;
+  double alpha, gain;
+};
+
+// NCHW with one pixel is the same memory as NHWC; of a batch, its channels lie side by side.
+bool as_rows(const Tensor& x, bool channels_last) { return channels_last || x.size(2) * x.size(3) == 1; }
+
+template <typename C>
+NormProblem<C> make_problem(const Tensor& x, const NormSettings& s, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& h_weight, const OptionalTensor& h_bias,
+                            const Tensor& mean, const Tensor& var) {
+  return {x.size(0),
+          x.size(1),
+          x.size(2) * x.size(3),
+          s.batch,
+          s.fixed,
+          s.eps,
+          s.act,
+          static_cast<C>(s.alpha),
+          static_cast<C>(s.gain),
+          {weight, C(1)},
+          {bias, C(0)},
+          {h_weight, C(0)},
+          {h_bias, C(0)},
+          mean.const_data_ptr<double>(),
+          var.const_data_ptr<double>()};
+}
+
+// Sums per sample and channel as the gradient of a parameter, of its shape.
+template <typename C>
+void write_parameter_grad(const NormSums& sums, int64_t kind, int64_t n, const Tensor& out) {
+  C* const to = out.mutable_data_ptr<C>();
+  for (int64_t c = 0; c < sums.channels(); ++c) {
+    if (out.dim() == 2) {
+      for (int64_t i = 0; i < n; ++i) to[i * sums.channels() + c] = static_cast<C>(sums.at(kind, i, c));
+      continue;
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += sums.at(kind, i, c);
+    to[c] = static_cast<C>(sum);
+  }
+}
+
+// Uninitialised gradients of a parameter and of an image t, without elements where they are not wanted.
+Tensor empty_parameter_grad(const Tensor& x, const OptionalTensor& t, bool wanted) {
+  const auto dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return wanted ? torch::stable::new_empty(*t, t->sizes()) : torch::stable::new_empty(x, {0}, dtype);
+}
+Tensor empty_image_grad(const Tensor& t, bool channels_last, bool wanted) {
+  return wanted ? empty_image(t, t.scalar_type(), channels_last) : torch::stable::new_empty(t, {0});
+}
+template <typename T>
+T* data_if(const Tensor& t, bool wanted) {
+  return wanted ? t.mutable_data_ptr<T>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                            const OptionalTensor& mean, const OptionalTensor& var, bool batch,
+                                            double eps, std::string act, double alpha, double gain) {
+  const char* const op = "norm_act";
+  const NormSettings settings{batch, mean.has_value(), eps, parse_act(op, act), alpha, gain};
+  const bool channels_last = is_channels_last(x);
+  const Tensor source = in_layout(x, channels_last);
+  Tensor y = empty_image(x, x.scalar_type(), channels_last);
+  const auto statistic = [&] {
+    if (settings.fixed) return torch::stable::new_empty(x, {0}, ScalarType::Double);
+    if (batch) return torch::stable::new_zeros(x, {x.size(1)}, ScalarType::Double);
+    return torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Double);
+  };
+  Tensor new_mean = statistic(), new_var = statistic();
+  if (x.numel() == 0) return {y, new_mean, new_var};
+  dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
+    using C = accumulate_t<T>;
+    const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt, mean.value_or(new_mean),
+                                         var.value_or(new_var));
+    const auto run = as_rows(x, channels_last) ? rows_forward<T, C> : planes_forward<T, C>;
+    run(problem, source.const_data_ptr<T>(), y.mutable_data_ptr<T>(), new_mean.mutable_data_ptr<double>(),
+        new_var.mutable_data_ptr<double>());
+  });
+  return {y, new_mean, new_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_act_grad(const Tensor& gy, const Tensor& x, const OptionalTensor& weight,
+                                                 const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                                                 bool batch, bool fixed, double eps, std::string act, double alpha,
+                                                 double gain, bool need_x, bool need_weight, bool need_bias) {
+  const char* const op = "norm_act_grad";
+  const NormSettings settings{batch, fixed, eps, parse_act(op, act), alpha, gain};
+  const bool channels_last = is_channels_last(x);
+  const Tensor dense_gy = in_layout(gy, channels_last), dense_x = in_layout(x, channels_last);
+  Tensor grad_x = empty_image_grad(x, channels_last, need_x),
+         grad_weight = empty_parameter_grad(x, weight, need_weight),
+         grad_bias = empty_parameter_grad(x, bias, need_bias);
+  dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
+    using C = accumulate_t<T>;
+    NormSums sums(kFirstSums, x.size(0), x.size(1));
+    if (x.numel() != 0) {
+      const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt, mean, var);
+      const auto run = as_rows(x, channels_last) ? rows_backward<T, C> : planes_backward<T, C>;
+      run(problem, dense_gy.const_data_ptr<T>(), dense_x.const_data_ptr<T>(), data_if<T>(grad_x, need_x),
+          !fixed || need_weight || need_bias, sums);
+    }
+    if (need_weight) write_parameter_grad<C>(sums, kSumGU, x.size(0), grad_weight);
+    if (need_bias) write_parameter_grad<C>(sums, kSumG, x.size(0), grad_bias);
+  });
+  return {grad_x, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_grad_grad(const OptionalTensor& h, const OptionalTensor& h_weight,
+                                                              const OptionalTensor& h_bias, const Tensor& gy,
+                                                              const Tensor& x, const OptionalTensor& weight,
+                                                              const OptionalTensor& bias, const Tensor& mean,
+                                                              const Tensor& var, bool batch, bool fixed, double eps,
+                                                              std::string act, double alpha, double gain, bool need_gy,
+                                                              bool need_x, bool need_weight, bool need_bias) {
+  const char* const op = "norm_act_grad_grad";
+  const NormSettings settings{batch, fixed, eps, parse_act(op, act), alpha, gain};
+  const bool channels_last = is_channels_last(x);
+  const Tensor dense_gy = in_layout(gy, channels_last), dense_x = in_layout(x, channels_last);
+  const OptionalTensor dense_h = h ? OptionalTensor(in_layout(*h, channels_last)) : std::nullopt;
+  Tensor grad_gy = empty_image_grad(x, channels_last, need_gy), grad_x = empty_image_grad(x, channels_last, need_x),
+         grad_weight = empty_parameter_grad(x, weight, need_weight),
+         grad_bias = empty_parameter_grad(x, bias, need_bias);
+  dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
+    using C = accumulate_t<T>;
+    NormSums sums(kSecondSums, x.size(0), x.size(1)), weight_sums(1, x.size(0), x.size(1));
+    if (x.numel() != 0) {
+      const auto problem = make_problem<C>(x, settings, weight, bias, h_weight, h_bias, mean, var);
+      const auto run = as_rows(x, channels_last) ? rows_second<T, C> : planes_second<T, C>;
+      run(problem, dense_h ? dense_h->const_data_ptr<T>() : nullptr, dense_gy.const_data_ptr<T>(),
+          dense_x.const_data_ptr<T>(), data_if<T>(grad_gy, need_gy), data_if<T>(grad_x, need_x), sums, weight_sums);
+    }
+    if (need_weight) write_parameter_grad<C>(weight_sums, 0, x.size(0), grad_weight);
+    if (need_bias) write_parameter_grad<C>(sums, kSumE, x.size(0), grad_bias);
+  });
+  return {grad_gy, grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("norm_act", TORCH_BOX(&norm_act));
+  m.impl("norm_act_grad", TORCH_BOX(&norm_act_grad));
+  m.impl("norm_act_grad_grad", TORCH_BOX(&norm_act_grad_grad));
+}
+
+}  // namespace fastgan
