@@ -1,4 +1,5 @@
-// Many channels go to dense_weight_grad.h; what follows is for images of few channels.
+// Many channels go to dense_weight_grad.h, or with few pixels to unfolded_weight_grad.h; what follows is for images of
+// few channels.
 //
 // Tasks are blocks of input channels times blocks of output channels times stretches of lines. One task goes through
 // its lines block by block: it loads the patch of x, which stays in the first two cache levels with its sums, and adds
@@ -12,6 +13,7 @@
 #include "conv_patch.h"
 #include "dense_weight_grad.h"
 #include "product.h"
+#include "unfolded_weight_grad.h"
 
 namespace fastgan {
 namespace {
@@ -170,8 +172,14 @@ std::optional<Tensor> direct_weight_grad(const Tensor& x, const Tensor& g, const
   const ConvPlan plan(x, grad, geometry);
   const ScaledImage image(x, in_scale);
   if (!takes_channels(plan)) {
-    if (!dense_weight_grad_takes(plan)) return std::nullopt;
-    dense_weight_grad(plan, image, ScaledImage(g, g_scale), grad.mutable_data_ptr<float>());
+    const ScaledImage cotangent(g, g_scale);
+    if (unfolded_weight_grad_takes(plan)) {
+      unfolded_weight_grad(plan, image, cotangent, grad.mutable_data_ptr<float>());
+    } else if (dense_weight_grad_takes(plan)) {
+      dense_weight_grad(plan, image, cotangent, grad.mutable_data_ptr<float>());
+    } else {
+      return std::nullopt;
+    }
     return grad;
   }
   const Tiling tiling(plan);
