@@ -94,7 +94,7 @@ WINOGRAD = {
     "F(4,2) 6x6 stride 3 transposed": square(2, 128, 128, 34, 6, 3, 2, transposed=True, output_padding=1),
 }
 
-# Few channels on one side.
+# Few channels on one side, or a large transposed 3x3 of stride 2.
 DIRECT = {
     "image in": square(1, 3, 64, 64, 4, 2, 1),
     "pair in, odd": square(2, 6, 13, 31, 4, 2, 1),
@@ -111,6 +111,10 @@ DIRECT = {
     "padding above the kernel": square(2, 3, 4, 6, 3, 1, 5),
     "transposed 3x3": square(2, 7, 20, 13, 3, 1, 1, transposed=True),
     "transposed 3x3 stride 2": square(2, 7, 20, 13, 3, 2, 1, transposed=True, output_padding=1),
+    "transposed 3x3 stride 2, phases of 1, 2 and 4 taps": square(1, 130, 5, 13, 3, 2, 1, transposed=True),
+    "transposed 5x5 stride 3, phases of 1, 2 and 4 taps": square(1, 90, 5, 13, 5, 3, 1, transposed=True),
+    "transposed 3x3 stride 2, many pixels": square(2, 40, 17, 64, 3, 2, 0, transposed=True),
+    "transposed 3x3 stride 2, many pixels, odd": square(1, 70, 33, 91, 3, 2, 1, transposed=True, output_padding=1),
     "transposed stride 3": square(2, 7, 20, 13, 4, 3, 1, transposed=True, output_padding=2),
     "transposed stride above the kernel": square(2, 7, 20, 13, 2, 3, 0, transposed=True, output_padding=2),
     "not square": Call(2, 3, 20, 9, 40, (2, 5), {"padding": 2, "stride": 2}),
@@ -205,6 +209,7 @@ KINDS = [
     "image in",
     "pair in, odd",
     "image out",
+    "transposed 3x3 stride 2, many pixels",
     "few pixels of several samples",
     "few pixels of several samples transposed",
 ]

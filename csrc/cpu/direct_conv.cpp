@@ -18,8 +18,9 @@ constexpr int64_t kScratch = 48 * 1024;  // results per task: 192 KB
 constexpr int64_t kTasks = 16;           // enough to share out; more would load x more often than needed
 
 // Where torch's convolution is far from its own best, measured over the layers of the models: images of few channels,
-// which it pads to a register of them.
-constexpr int64_t kFewChannels = 8;
+// which it pads to a register of them, and large results of transposed 3x3 convolutions of stride 2 (StyleGAN2's),
+// which it first makes as one matrix that outgrows the caches.
+constexpr int64_t kFewChannels = 8, kManyPixels = 8192;
 
 // How the results of one call are cut into tasks, and how a task lays out its columns.
 struct Tiling {
@@ -43,8 +44,9 @@ struct Tiling {
     lines = (all_lines + (all_lines + lines - 1) / lines - 1) / ((all_lines + lines - 1) / lines);
     columns = round_up(lines * width, lanes);
     line_blocks = (all_lines + lines - 1) / lines * (narrow ? 1 : plan.n);
-    const int64_t per_phase = std::max<int64_t>(1, plan.taps / static_cast<int64_t>(plan.phases.size()));
-    channels = std::clamp<int64_t>(kPanelDepth / per_phase, 1, plan.c_in);
+    int64_t most_taps = 1;
+    for (const Phase& phase : plan.phases) most_taps = std::max<int64_t>(most_taps, phase.taps.size());
+    channels = std::clamp<int64_t>(kPanelDepth / most_taps, 1, plan.c_in);
     const int64_t per_row = columns * static_cast<int64_t>(plan.phases.size());
     rows = std::clamp(kScratch / per_row / kPanelRows * kPanelRows, kPanelRows, round_up(plan.c_out, kPanelRows));
     while (rows > 8 * kPanelRows && line_blocks * ((plan.c_out + rows - 1) / rows) < kTasks) {
@@ -196,7 +198,8 @@ bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry
   if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return false;
   const ConvPlan plan(x, weight, g);
   if (plan.taps > kPanelDepth) return false;
-  return std::min(plan.c_in, plan.c_out) <= kFewChannels;
+  if (std::min(plan.c_in, plan.c_out) <= kFewChannels) return true;
+  return plan.taps == 9 && plan.out_stride == 2 && plan.n * plan.base_h * plan.base_w >= kManyPixels;
 }
 
 void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,

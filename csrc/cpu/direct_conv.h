@@ -11,8 +11,8 @@
 
 namespace fastgan {
 
-// Whether the call is one that direct_conv is faster at than torch: float, NCHW, no groups, equal strides, few
-// channels.
+// Whether the call is one that direct_conv is faster at than torch: float, NCHW, no groups, equal strides, few channels
+// or a large transposed 3x3 convolution of stride 2.
 bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 // result = epilogue(conv(in_scale * x, weight)).
