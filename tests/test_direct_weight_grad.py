@@ -169,6 +169,27 @@ def test_any_geometry_of_many_channels_against_float64(call, seed):
     check(call, call.inputs(("N", "C"), ("N", "C"), seed))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Call,
+        n=st.integers(1, 4),
+        c_in=st.sampled_from([48, 64, 80, 128]),
+        c_out=st.integers(64, 140),
+        h=st.integers(1, 10),
+        w=st.integers(1, 10),
+        kernel=st.tuples(st.integers(3, 5), st.integers(3, 5)),
+        stride=st.integers(1, 3),
+        padding=st.integers(0, 3),
+        dilation=st.integers(1, 2),
+    ),
+    st.integers(0, 99),
+)
+def test_any_geometry_of_few_pixels_against_float64(call, seed):
+    assume(min(call.sizes()) >= 1)
+    check(call, call.inputs(("N", "C"), ("N", "C"), seed))
+
+
 @pytest.mark.parametrize("layout", ["sliced", "expanded"])
 @pytest.mark.parametrize("name", ["image in", "3x3", "pair in, odd", "few pixels", "chunks of lines"])
 def test_views(name, layout):

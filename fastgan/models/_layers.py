@@ -12,7 +12,7 @@ from fastgan import ops
 
 LRELU_SLOPE = 0.2
 # Below this many values per mean torch's layers are faster on two cores than norm_act, whose time is then that of its
-# calls; at the bound the two are equal in forward and backward together (bench/bench_norm_act.py).
+# calls; bench/bench_norm_act.py has the shapes around the bounds.
 FEW_VALUES = {"batch": 2048, "instance": 256}
 
 
