@@ -107,17 +107,27 @@ def load() -> dict[str, LibraryStatus]:
     return {name: load_library(name, _HERE, info) for name in _LIBRARIES}
 
 
+@cache
+def cpu_library() -> ctypes.CDLL | None:
+    """The CPU library's functions that are no ops; None where it is not loaded."""
+    library = load()["cpu"]
+    if library.reason is not None:
+        return None
+    functions = ctypes.CDLL(str(library.path))
+    functions.fastgan_winograd_calls.restype = ctypes.c_int64
+    functions.fastgan_kept_bytes.restype = ctypes.c_int64
+    for function in (functions.fastgan_keep_weight, functions.fastgan_forget_weight):
+        function.argtypes, function.restype = [ctypes.c_void_p], None
+    return functions
+
+
 def winograd_calls() -> int:
     """How many convolutions this process has run through Winograd's filtering on the CPU, in whichever thread.
 
     Its results have an error bound of their own, which who checks them has to know; 0 without the CPU library.
     """
-    library = load()["cpu"]
-    if library.reason is not None:
-        return 0
-    function = ctypes.CDLL(str(library.path)).fastgan_winograd_calls
-    function.restype = ctypes.c_int64
-    return function()
+    library = cpu_library()
+    return 0 if library is None else library.fastgan_winograd_calls()
 
 
 def simd_level() -> str:

@@ -6,16 +6,21 @@
 #include <algorithm>
 
 #include "common.h"
+#include "large_buffer.h"
 
 namespace fastgan {
 
 // torch::stable::empty looks its op up by name and boxes every argument: 2 us where this takes 0.5, and a loss over
-// small maps makes ten tensors.
+// small maps makes ten tensors. Every dimension is dense.
 inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  size_t bytes = aoti_torch_dtype_element_size(static_cast<int32_t>(dtype));
+  for (int64_t dim = 0; dim < dims; ++dim) bytes *= sizes[dim];
+  if (bytes >= kLargeBytes) advise_large_pages(result.mutable_data_ptr(), bytes);
+  return result;
 }
 
 // Contiguous, or channels_last for four dimensions.

@@ -1,10 +1,12 @@
-// Uninitialised floats in large pages where the system has them.
+// Large pages for large memory, where the system has them.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -12,30 +14,43 @@
 
 namespace fastgan {
 
-// From 32 MB on, malloc fetches every buffer anew from the system, and a page fault per 4 KB costs more than the work
-// that fills it; in pages of 2 MB it costs a tenth. Smaller buffers are kept by malloc and have their pages already.
+// From here on, malloc fetches all memory anew from the system, and a page fault per 4 KB costs more than the work that
+// fills it; in pages of 2 MB it costs a tenth. Less is kept by malloc and has its pages already.
+constexpr size_t kLargeBytes = size_t{32} << 20;
+
+// Asks for large pages from `from` on: advice, where it is refused small pages serve. Nothing for less than
+// kLargeBytes.
+inline void advise_large_pages(void* from, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kSmall = 4096;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from), begin = (address + kSmall - 1) / kSmall * kSmall;
+  if (bytes >= kLargeBytes) madvise(reinterpret_cast<void*>(begin), bytes - (begin - address), MADV_HUGEPAGE);
+#endif
+}
+
+// Uninitialised floats. Of those that malloc would give back to the system, the one freed last waits for the next call.
 class LargeBuffer {
  public:
   LargeBuffer() = default;
-  explicit LargeBuffer(int64_t count) {
-    constexpr size_t kPage = size_t{2} << 20, kLine = 64, kLarge = size_t{32} << 20;
-    size_t bytes = static_cast<size_t>(count) * sizeof(float);
-    const size_t alignment = bytes >= kLarge ? kPage : kLine;
-    bytes = (bytes + alignment - 1) / alignment * alignment;
-    data_.reset(static_cast<float*>(std::aligned_alloc(alignment, bytes)));
-    if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-    // Advice only: where it is refused, small pages serve.
-    if (alignment == kPage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
-#endif
+  explicit LargeBuffer(int64_t count);
+  ~LargeBuffer();
+  LargeBuffer(LargeBuffer&& other) noexcept { swap(other); }
+  LargeBuffer& operator=(LargeBuffer&& other) noexcept {
+    swap(other);
+    return *this;
   }
-  float* get() const { return data_.get(); }
+
+  float* get() const { return data_; }
+  int64_t bytes() const { return static_cast<int64_t>(bytes_); }
 
  private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
+  void swap(LargeBuffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+
+  float* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 }  // namespace fastgan

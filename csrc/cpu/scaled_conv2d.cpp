@@ -89,8 +89,9 @@ std::optional<std::tuple<Tensor, Tensor>> fused_products(const Tensor& x, const 
   if (!unfolded && !tile && !direct_conv_takes(x, weight, g)) return std::nullopt;
   const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
                                   result_size(x, weight, g, 1)};
-  const Tensor y = torch::stable::new_empty(x, size),
-               c = torch::stable::new_empty(x, save_conv ? size : std::vector<int64_t>{0});
+  const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false),
+               c = save_conv ? empty_dense({size.data(), size.size()}, ScalarType::Float, false)
+                             : torch::stable::new_empty(x, {0});
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
   const PlanarResult result(dense, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);

@@ -1,5 +1,8 @@
 #include "winograd.h"
 
+#include <iterator>
+
+#include "channel_patch.h"
 #include "product.h"
 #include "simd.h"
 
@@ -114,36 +117,63 @@ FASTGAN_INLINE void transform(const Matrix<kRows, kColumns>& matrix, At&& at, in
 }
 
 template <typename V, typename F>
-FASTGAN_INLINE void input_transform(const float* patch, const int32_t* positions, int64_t vectors, float* to,
+FASTGAN_INLINE void input_transform(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,
                                     int64_t to_stride) {
-  transform<V>(F::b, [=](int k) FASTGAN_LAMBDA_INLINE { return patch + positions[k]; }, vectors, to, to_stride);
+  constexpr int kSize = std::size(F::b.at);
+  transform<V>(
+      F::b, [=](int k) FASTGAN_LAMBDA_INLINE { return patch + k / kSize * row + k % kSize * column; }, vectors, to,
+      to_stride);
 }
 
 template <typename V, typename F>
-FASTGAN_INLINE void weight_transform(const float* taps, int64_t stride, int64_t vectors, float* to, int64_t to_stride) {
-  transform<V>(F::g, [=](int k) FASTGAN_LAMBDA_INLINE { return taps + k * stride; }, vectors, to, to_stride);
+FASTGAN_INLINE void weight_transform(const float* taps, const int64_t* positions, int64_t vectors, float* to,
+                                     int64_t to_stride) {
+  transform<V>(F::g, [=](int k) FASTGAN_LAMBDA_INLINE { return taps + positions[k]; }, vectors, to, to_stride);
+}
+
+// Columns of one row of a tile, a group of channels each -> rows of pixels, one for each channel.
+template <int kColumns>
+FASTGAN_INLINE void spread_channels(const float* from, float* to, int64_t channel) {
+  using Quad = register_t<float, 16>;
+  constexpr int64_t kQuad = 4;
+  for (int64_t c = 0; c < kGroup; c += kQuad) {
+    if constexpr (kColumns == kQuad) {
+      const Quad p = load<Quad>(from + c), q = load<Quad>(from + kGroup + c), r = load<Quad>(from + 2 * kGroup + c),
+                 s = load<Quad>(from + 3 * kGroup + c);
+      FASTGAN_UNROLL
+      for (int k = 0; k < kQuad; ++k) store(Quad{p[k], q[k], r[k], s[k]}, to + (c + k) * channel);
+    } else {
+      for (int64_t k = c; k < c + kQuad; ++k) {
+        for (int64_t b = 0; b < kColumns; ++b) to[k * channel + b] = from[b * kGroup + k];
+      }
+    }
+  }
 }
 
 template <typename V, typename F>
-FASTGAN_INLINE void output_transform(const float* sums, int64_t stride, int64_t vectors, float* to, int64_t to_stride) {
-  transform<V>(F::a, [=](int k) FASTGAN_LAMBDA_INLINE { return sums + k * stride; }, vectors, to, to_stride);
+FASTGAN_INLINE void output_transform(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {
+  constexpr int kSize = std::size(F::a.at);
+  alignas(64) float tile[kSize * kSize * kGroup];
+  transform<V>(F::a, [=](int k) FASTGAN_LAMBDA_INLINE { return sums + k * stride; }, kGroup / kLanes<V>, tile, kGroup);
+  for (int a = 0; a < kSize; ++a) spread_channels<kSize>(tile + a * kSize * kGroup, to + a * row, channel);
 }
 
 // The three transforms of one size for one instruction set.
-#define FASTGAN_WINOGRAD(name, target, bytes)                                                                       \
-  template <int M, int R>                                                                                           \
-  struct name {                                                                                                     \
-    using V = register_t<float, bytes>;                                                                             \
-    target static void input(const float* patch, const int32_t* positions, int64_t vectors, float* to, int64_t n) { \
-      input_transform<V, Filter<M, R>>(patch, positions, vectors, to, n);                                           \
-    }                                                                                                               \
-    target static void weight(const float* taps, int64_t stride, int64_t vectors, float* to, int64_t n) {           \
-      weight_transform<V, Filter<M, R>>(taps, stride, vectors, to, n);                                              \
-    }                                                                                                               \
-    target static void output(const float* sums, int64_t stride, int64_t vectors, float* to, int64_t n) {           \
-      output_transform<V, Filter<M, R>>(sums, stride, vectors, to, n);                                              \
-    }                                                                                                               \
-    static constexpr WinogradKernels kernels{M, R, input, weight, output};                                          \
+#define FASTGAN_WINOGRAD(name, target, bytes)                                                                          \
+  template <int M, int R>                                                                                              \
+  struct name {                                                                                                        \
+    using V = register_t<float, bytes>;                                                                                \
+    using F = Filter<M, R>;                                                                                            \
+    target static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) { \
+      input_transform<V, F>(patch, row, column, vectors, to, n);                                                       \
+    }                                                                                                                  \
+    target static void weight(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t n) {    \
+      weight_transform<V, F>(taps, positions, vectors, to, n);                                                         \
+    }                                                                                                                  \
+    target static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {            \
+      output_transform<V, F>(sums, stride, to, channel, row);                                                          \
+    }                                                                                                                  \
+    static constexpr WinogradKernels kernels{M, R, input, weight, output};                                             \
   };
 
 FASTGAN_WINOGRAD(Portable, , 16)

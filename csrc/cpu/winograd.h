@@ -15,16 +15,17 @@
 
 namespace fastgan {
 
-// The transforms of one size, for the instruction set chosen at run time. They work on whole registers of tiles.
+// The transforms of one size, for the instruction set chosen at run time. They work on whole registers of channels;
+// `lines` of kGroup channels (channel_patch.h) hold at least `vectors` of them.
 struct WinogradKernels {
   int64_t m, r;
 
-  // to[xi * to_stride + i] = (B^T d B)[xi], d[k] = patch[positions[k] + i], for t^2 positions and i < vectors * lanes.
-  void (*input)(const float* patch, const int32_t* positions, int64_t vectors, float* to, int64_t to_stride);
-  // to[xi * to_stride + i] = (G g G^T)[xi], g[k] = taps[k * stride + i], for r^2 taps.
-  void (*weight)(const float* taps, int64_t stride, int64_t vectors, float* to, int64_t to_stride);
-  // to[k * to_stride + i] = (A^T s A)[k], s[xi] = sums[xi * stride + i], for m^2 results.
-  void (*output)(const float* sums, int64_t stride, int64_t vectors, float* to, int64_t to_stride);
+  // to[xi * to_stride + c] = (B^T d B)[xi], d[i][j] = patch[i * row + j * column + c], of one tile.
+  void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride);
+  // to[xi * to_stride + c] = (G g G^T)[xi], g[k] = taps[positions[k] + c], for r^2 taps.
+  void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
+  // to[c * channel + a * row + b] = (A^T s A)[a][b], s[xi] = sums[xi * stride + c], for kGroup channels.
+  void (*output)(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row);
 
   int64_t t() const { return m + r - 1; }
 };

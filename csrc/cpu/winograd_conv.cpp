@@ -1,361 +1,405 @@
-// Three passes over blocks of tiles that fit the caches, each shared out among all threads: the tiles of every input
-// channel are transformed, for each of the t^2 products there is one matrix product over channels, and the sums of
-// every output channel are transformed back, interleaved into lines of y and given their epilogue. Every sum has one
-// order that depends on the shapes alone.
+// Every thread carries blocks of tiles through all three steps: the pixels of 16 channels at a time are gathered and
+// transformed; for each of the t^2 products there is one matrix product over channels, a group of output channels at a
+// time; the sums are transformed back, laid out as lines of y and given their epilogue. A block is as large as the
+// second-level cache, or where the weights are many, as large as it takes to read them seldom. Every sum has one order
+// that depends on the shapes alone.
 
 #include "winograd_conv.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "conv_patch.h"
-#include "large_buffer.h"
+#include "channel_patch.h"
+#include "kept_weights.h"
 #include "product.h"
 #include "winograd.h"
+#include "winograd_plan.h"
 
 namespace fastgan {
 namespace {
 
 std::atomic<int64_t> calls_made = 0;
 
-// Transformed input and sums of one block: 12 MB, about what two threads can hope for of a shared third-level cache.
-constexpr int64_t kBlockFloats = 3 << 20;
+// Behind each product's matrix one cache line: powers of two apart, the t^2 matrices would share one set of a cache.
+constexpr int64_t kLine = 16;
+constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
 
-// Parts: what stands for channels of x in the products, several per channel. Part (plane, i, j) of a channel is the
-// plane shifted by i and j runs of r taps.
-struct Part {
-  int64_t plane, dy, dx;
-};
+// Output channels side by side in the products.
+int64_t slab_size() { return std::max(kGroup, product_lanes() * product_vectors()); }
 
-struct WinogradPlan {
-  int64_t m, r, t;
-  std::vector<Part> parts;
-  // Per phase and part the kernel index of each of its r^2 taps, and how far the phase's first tile starts before 0.
-  struct PhaseTaps {
-    std::vector<std::vector<int64_t>> of_part;
-    int64_t shift_y, shift_x;
-  };
-  std::vector<PhaseTaps> phases;
-  int64_t tiles_h, tiles_w;
-  Sampling input;
-  std::vector<std::vector<Tap>> positions;  // per part the t^2 values of a tile, read at stride m * stride
-
-  WinogradPlan(const ConvPlan& conv, int64_t tile);
-};
-
-// The taps of one phase that read one plane.
-std::vector<Tap> taps_of(const Phase& phase, int64_t plane) {
-  std::vector<Tap> found;
-  std::ranges::copy_if(phase.taps, std::back_inserter(found), [=](const Tap& tap) { return tap.plane == plane; });
-  return found;
+// Channels of one part in the depth of the products.
+int64_t part_depth(const ConvPlan& conv, const WinogradPlan& plan) {
+  return round_up(conv.c_in, plan.parts.size() > 1 ? kGroup : product_lanes());
 }
 
-int64_t taps_per_axis(const ConvPlan& conv) {
-  const int64_t strides = conv.input.stride * conv.out_stride;
-  for (int64_t taps = 2; taps <= 4; ++taps) {
-    if (taps * taps * strides * strides == conv.taps) return taps;
-  }
-  return 0;
-}
-
-WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t tile)
-    : m(tile), r(taps_per_axis(conv) == 3 ? 3 : 2), t(m + r - 1) {
-  const int64_t runs = taps_per_axis(conv) / r, stride = conv.input.stride;
-  // A plane's first shift (convolution), or the least one of the phases (transposed), is where its tiles start.
-  for (int64_t plane = 0; plane < stride * stride; ++plane) {
-    int64_t dy = INT64_MAX, dx = INT64_MAX;
-    for (const Phase& phase : conv.phases) {
-      for (const Tap& tap : taps_of(phase, plane)) {
-        dy = std::min(dy, tap.dy);
-        dx = std::min(dx, tap.dx);
-      }
-    }
-    for (int64_t i = 0; i < runs; ++i) {
-      for (int64_t j = 0; j < runs; ++j) parts.push_back({plane, dy + i * r, dx + j * r});
-    }
-  }
-  int64_t extra_y = 0, extra_x = 0;
-  for (const Phase& phase : conv.phases) {
-    PhaseTaps found;
-    const auto first = taps_of(phase, 0);
-    found.shift_y = parts[0].dy - std::ranges::min(first, {}, &Tap::dy).dy;
-    found.shift_x = parts[0].dx - std::ranges::min(first, {}, &Tap::dx).dx;
-    extra_y = std::max(extra_y, -found.shift_y);
-    extra_x = std::max(extra_x, -found.shift_x);
-    for (const Part& part : parts) {
-      auto& indices = found.of_part.emplace_back(r * r);
-      for (const Tap& tap : taps_of(phase, part.plane)) {
-        const int64_t i = tap.dy + found.shift_y - part.dy, j = tap.dx + found.shift_x - part.dx;
-        if (i >= 0 && i < r && j >= 0 && j < r) indices[i * r + j] = tap.weight;
-      }
-    }
-    phases.push_back(found);
-  }
-  tiles_h = ceil_div(conv.base_h + extra_y, m);
-  tiles_w = ceil_div(conv.base_w + extra_x, m);
-  input = conv.input;
-  input.stride = stride * m;
-  std::vector<Tap> all;
-  for (const Part& part : parts) {
-    auto& of_part = positions.emplace_back();
-    for (int64_t i = 0; i < t; ++i) {
-      for (int64_t j = 0; j < t; ++j) {
-        const int64_t y = stride * (part.dy + i) + part.plane / stride,
-                      x = stride * (part.dx + j) + part.plane % stride;
-        const int64_t dy = floor_div(y, input.stride), dx = floor_div(x, input.stride);
-        of_part.push_back({(y - dy * input.stride) * input.stride + x - dx * input.stride, dy, dx, 0});
-      }
-    }
-    all.insert(all.end(), of_part.begin(), of_part.end());
-  }
-  input.bound(all);
-}
-
-// Buffers and sizes of one call.
-class Call {
+// Weights of all products, transformed, in the order in which they are read: [slabs / together, phase, product, chunk,
+// together, depth of the chunk, slab].
+class WinogradWeights {
  public:
-  Call(const ConvPlan& conv, int64_t m)
+  WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan, int64_t together, const Tensor& weight,
+                  const ConvGeometry& g)
       : conv_(conv),
-        plan_(conv, m),
-        kernels_(winograd_kernels(m, plan_.r)),
-        lanes_(product_lanes()),
-        slab_(lanes_ * product_vectors()),
-        depth_(conv.c_in * static_cast<int64_t>(plan_.parts.size())),
-        chunks_(ceil_div(depth_, kPanelDepth)),
-        panels_(ceil_div(conv.c_out, kPanelRows)),
-        products_(plan_.t * plan_.t),
-        phases_(static_cast<int64_t>(plan_.phases.size())) {
-    const int64_t per_column = products_ * (depth_ + phases_ * conv.c_out);
-    const int64_t all_lines = conv.n * plan_.tiles_h;
-    lines_ = std::clamp<int64_t>(std::max(kBlockFloats / per_column, 8 * lanes_) / plan_.tiles_w, 1, all_lines);
-    lines_ = ceil_div(all_lines, ceil_div(all_lines, lines_));
-    columns_ = round_up(lines_ * plan_.tiles_w, slab_);
-    weight_product_ = chunks_ * panels_ * kPanelSize + kLine;
-    tile_product_ = depth_ * columns_ + kLine;
-    sum_product_ = conv.c_out * columns_ + kLine;
-    weights_ = LargeBuffer(phases_ * products_ * weight_product_);
-    tiles_ = LargeBuffer(products_ * tile_product_);
-    sums_ = LargeBuffer(phases_ * products_ * sum_product_);
+        plan_(plan),
+        slab_(slab_size()),
+        together_(together),
+        phases_(static_cast<int64_t>(plan.phases.size())),
+        products_(plan.t * plan.t),
+        part_depth_(part_depth(conv, plan)),
+        depth_(part_depth_ * static_cast<int64_t>(plan.parts.size())),
+        size_(depth_ * together * slab_ + kLine) {
+    const std::vector<int64_t> key{plan.m,         together,       phases_,         g.transposed,
+                                   g.stride[0],    g.padding[0],   g.padding[1],    weight.size(0),
+                                   weight.size(1), weight.size(2), weight.stride(0)};
+    data_ = made_of(weight.const_data_ptr<float>(), weight.numel(), key, [&] { return transformed(weight, g); });
   }
 
-  void transform_weights(const float* weight, bool transposed);
-
-  void run(const ScaledImage& x, const PlanarResult& result) {
-    const int64_t all_lines = conv_.n * plan_.tiles_h;
-    for (int64_t line = 0; line < all_lines; line += lines_) {
-      const int64_t lines = std::min(lines_, all_lines - line);
-      transform_input(x, line, lines);
-      multiply(ceil_div(lines * plan_.tiles_w, lanes_));
-      transform_output(line, lines, result);
-    }
+  // Of the chunk of `count` from `first` on.
+  const float* at(int64_t phase, int64_t product, int64_t first, int64_t count, int64_t slab) const {
+    return data_->get() + offset(phase, product, first, count, slab);
   }
 
  private:
-  static constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
-  // Behind each product's matrix one cache line: powers of two apart, the t^2 matrices would share one set of a cache.
-  static constexpr int64_t kLine = 16;
-
-  float* panel(int64_t phase, int64_t product, int64_t chunk, int64_t panel) const {
-    return weights_.get() + (phase * products_ + product) * weight_product_ + (chunk * panels_ + panel) * kPanelSize;
+  int64_t offset(int64_t phase, int64_t product, int64_t first, int64_t count, int64_t slab) const {
+    return ((slab / together_ * phases_ + phase) * products_ + product) * size_ + first * together_ * slab_ +
+           slab % together_ * count * slab_;
   }
 
-  // Calls f(sample, row of tiles, lines, line from the block's first) for the samples that lines [line, line + lines)
-  // are of.
+  int64_t kernel_size() const { return (conv_.taps + 1) * kGroup; }
+  LargeBuffer transformed(const Tensor& weight, const ConvGeometry& g) const;
+
+  // Those of kGroup output channels from `place` on of a slab, and of input channels [first, first + count), from
+  // their kernels [count, taps + 1, kGroup].
+  void transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
+                       float* to) const;
+
+  const ConvPlan& conv_;
+  const WinogradPlan& plan_;
+  const int64_t slab_, together_, phases_, products_, part_depth_, depth_, size_;
+  std::shared_ptr<const LargeBuffer> data_;
+};
+
+LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometry& g) const {
+  const float* const values = weight.const_data_ptr<float>();
+  const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
+  const int64_t slabs = ceil_div(conv_.c_out, slab_), groups = slab_ / kGroup;
+  LargeBuffer result(ceil_div(slabs, together_) * phases_ * products_ * size_);
+  constexpr int64_t kChannels = 16;
+  const std::vector<float> ones(kGroup, 1.0f);
+  torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> kernels(kChannels * kernel_size());  // a tap of zeros behind each
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slab = task / groups, place = task % groups * kGroup, o = slab * slab_ + place;
+      for (int64_t first = 0; first < part_depth_; first += kChannels) {
+        const int64_t count = std::min(kChannels, part_depth_ - first);
+        for (int64_t i = 0; i < count; ++i) {
+          gather_channels({.from = values + o * row + (first + i) * channel,
+                           .channel = row,
+                           .pixel = 1,
+                           .channels = first + i < conv_.c_in ? std::clamp<int64_t>(conv_.c_out - o, 0, kGroup) : 0,
+                           .pixels = conv_.taps,
+                           .scale = ones.data(),
+                           .to = kernels.data() + i * kernel_size()});
+        }
+        transform_group(kernels.data(), slab, place, first, count, result.get());
+      }
+    }
+  });
+  return result;
+}
+
+void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
+                                      float* to) const {
+  const auto& transforms = winograd_kernels(plan_.m, plan_.r);
+  std::vector<int64_t> positions(plan_.r * plan_.r);
+  for (int64_t phase = 0; phase < phases_; ++phase) {
+    for (size_t part = 0; part < plan_.parts.size(); ++part) {
+      std::ranges::transform(plan_.phases[phase].of_part[part], positions.begin(),
+                             [](int64_t index) { return index * kGroup; });
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t k = static_cast<int64_t>(part) * part_depth_ + first + i, chunk = k / kPanelDepth * kPanelDepth;
+        const int64_t length = std::min(kPanelDepth, depth_ - chunk);
+        transforms.weight(kernels + i * kernel_size(), positions.data(), kGroup / product_lanes(),
+                          to + offset(phase, 0, chunk, length, slab) + (k - chunk) * slab_ + place, size_);
+      }
+    }
+  }
+}
+
+// Sizes of one call.
+struct Blocking {
+  int64_t lines, columns;  // lines of tiles, and tiles of a line, of one block
+  int64_t slabs;           // of output channels whose sums are kept at a time
+};
+
+Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
+  constexpr int64_t kNear = 96 << 10;  // floats of the second-level cache for a block's tiles
+  const int64_t near = kNear / (plan.t * plan.t * depth), tiles = near >= 24 ? near : 64;
+  const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab_size());
+  const int64_t threads = torch::stable::get_num_threads();
+  Blocking b{1, plan.tiles_w, 2};
+  if (tiles < plan.tiles_w && conv.out_stride == 1) {
+    b.columns = ceil_div(plan.tiles_w, ceil_div(plan.tiles_w, tiles));
+  } else {
+    b.lines = std::clamp<int64_t>(tiles / plan.tiles_w, 1, all_lines);
+    b.lines = ceil_div(all_lines, std::min(all_lines, round_up(ceil_div(all_lines, b.lines), threads)));
+  }
+  const int64_t blocks = ceil_div(all_lines, b.lines) * ceil_div(plan.tiles_w, b.columns);
+  b.slabs = std::min(b.slabs, ceil_div(all_slabs, ceil_div(threads, blocks)));
+  return b;
+}
+
+class Call {
+ public:
+  Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g)
+      : conv_(conv),
+        plan_(conv, taps_per_axis(conv, weight.size(2)), m),
+        kernels_(winograd_kernels(m, plan_.r)),
+        part_depth_(part_depth(conv, plan_)),
+        depth_(part_depth_ * static_cast<int64_t>(plan_.parts.size())),
+        products_(plan_.t * plan_.t),
+        phases_(static_cast<int64_t>(plan_.phases.size())),
+        lanes_(product_lanes()),
+        slab_(slab_size()),
+        blocking_(blocking_of(conv, plan_, depth_)),
+        weights_(conv, plan_, blocking_.slabs, weight, g) {}
+
+  void run(const ScaledImage& x, const PlanarResult& result) const;
+
+ private:
+  // One thread's buffers.
+  struct Buffers {
+    ChannelPatch patch;
+    LargeBuffer tiles, sums, lines;
+    PlaneWriter writer;
+    std::vector<float> line;
+  };
+
+  // Tiles of a block: lines of tiles, counted through all samples, and a stretch of each.
+  struct Block {
+    int64_t line, lines, column, columns;
+    int64_t tiles() const { return lines * columns; }
+  };
+
+  // Calls f(sample, row of tiles, lines, line from the block's first) for the samples that a block's lines are of.
   template <typename F>
-  void for_samples(int64_t line, int64_t lines, F&& f) const {
-    for (int64_t done = 0; done < lines;) {
-      const int64_t row = (line + done) % plan_.tiles_h, count = std::min(lines - done, plan_.tiles_h - row);
-      f((line + done) / plan_.tiles_h, row, count, done);
+  void for_samples(const Block& block, F&& f) const {
+    for (int64_t done = 0; done < block.lines;) {
+      const int64_t row = (block.line + done) % plan_.tiles_h;
+      const int64_t count = std::min(block.lines - done, plan_.tiles_h - row);
+      f((block.line + done) / plan_.tiles_h, row, count, done);
       done += count;
     }
   }
 
-  void transform_input(const ScaledImage& x, int64_t line, int64_t lines);
-  void multiply(int64_t vectors);
-  void transform_output(int64_t line, int64_t lines, const PlanarResult& result);
-  void write_line(const float* tiles, int64_t phase, int64_t a, float* line) const;
+  void transform_input(const ScaledImage& x, const Block& block, Buffers& b) const;
+  void multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const;
+  void transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const;
+  void write_lines(const Block& block, int64_t channel, Buffers& b) const;
+
+  int64_t panels(int64_t tiles) const { return ceil_div(tiles, kPanelRows); }
+  int64_t most_tiles() const { return blocking_.lines * blocking_.columns; }
+  // [product, chunk, panel, kPanelRows, kPanelStride]
+  int64_t tile_product() const { return ceil_div(depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kLine; }
+  // [phase, product, tile, slabs]
+  int64_t sum_row() const { return blocking_.slabs * slab_ + kLine; }
+  int64_t sum_product() const { return most_tiles() * sum_row() + kLine; }
+  // [phase, kGroup, line of tiles, m, columns of tiles, m]
+  int64_t line_row() const { return blocking_.columns * plan_.m; }
+  int64_t line_channel() const { return blocking_.lines * plan_.m * line_row() + kLine; }
 
   const ConvPlan& conv_;
   const WinogradPlan plan_;
   const WinogradKernels& kernels_;
-  const int64_t lanes_, slab_, depth_, chunks_, panels_, products_, phases_;
-  int64_t lines_, columns_, weight_product_, tile_product_, sum_product_;
-  // [phase, product, chunk, panel, kPanelRows, kPanelStride]; [product, columns / slab, depth, slab], so that one tile
-  // of products reads consecutive memory; [phase, product, C_out, columns].
-  LargeBuffer weights_, tiles_, sums_;
+  const int64_t part_depth_, depth_, products_, phases_, lanes_, slab_;
+  const Blocking blocking_;
+  const WinogradWeights weights_;
 };
 
-void Call::transform_weights(const float* weight, bool transposed) {
-  const int64_t row = transposed ? conv_.taps : conv_.c_in * conv_.taps;
-  const int64_t channel = transposed ? conv_.c_out * conv_.taps : conv_.taps;
-  const int64_t parts = static_cast<int64_t>(plan_.parts.size()), taps = plan_.r * plan_.r;
-  torch::stable::parallel_for(0, panels_ * phases_, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> gathered(taps * kPanelStride);
+void Call::run(const ScaledImage& x, const PlanarResult& result) const {
+  const int64_t all_lines = conv_.n * plan_.tiles_h, slabs = ceil_div(conv_.c_out, slab_);
+  const int64_t line_blocks = ceil_div(all_lines, blocking_.lines),
+                column_blocks = ceil_div(plan_.tiles_w, blocking_.columns);
+  // Where there are fewer blocks than threads, several threads transform the same tiles, each for its own channels.
+  const int64_t threads = torch::stable::get_num_threads(), blocks = line_blocks * column_blocks;
+  const int64_t groups = ceil_div(slabs, blocking_.slabs), shares = std::min(groups, ceil_div(threads, blocks));
+  torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rows = plan_.stride * plan_.m * (std::min(blocking_.lines, plan_.tiles_h) - 1) + plan_.span.y;
+    const int64_t columns = plan_.stride * plan_.m * (blocking_.columns - 1) + plan_.span.x;
+    Buffers b{ChannelPatch(conv_.c_in, conv_.input.h_in, conv_.input.w_in, rows, columns),
+              LargeBuffer(products_ * tile_product()),
+              LargeBuffer(phases_ * products_ * sum_product()),
+              LargeBuffer(phases_ * kGroup * line_channel()),
+              PlaneWriter(result),
+              std::vector<float>(conv_.w_out)};
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task / phases_, phase = task % phases_;
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const int64_t first = chunk * kPanelDepth, count = std::min(kPanelDepth, depth_ - first);
-        for (int64_t o = p * kPanelRows; o < std::min((p + 1) * kPanelRows, conv_.c_out); ++o) {
-          for (int64_t k = 0; k < count; ++k) {
-            const float* const kernel = weight + o * row + (first + k) / parts * channel;
-            const auto& indices = plan_.phases[phase].of_part[(first + k) % parts];
-            for (int64_t i = 0; i < taps; ++i) gathered[i * kPanelStride + k] = kernel[indices[i]];
-          }
-          // The last register may reach into the panel's padding, which nothing reads.
-          kernels_.weight(gathered.data(), kPanelStride, ceil_div(count, lanes_),
-                          panel(phase, 0, chunk, p) + (o - p * kPanelRows) * kPanelStride, weight_product_);
+      const int64_t share = task % shares, place = task / shares;
+      Block block{place / column_blocks * blocking_.lines, 0, place % column_blocks * blocking_.columns, 0};
+      block.lines = std::min(blocking_.lines, all_lines - block.line);
+      block.columns = std::min(blocking_.columns, plan_.tiles_w - block.column);
+      transform_input(x, block, b);
+      for (int64_t group = groups * share / shares; group < groups * (share + 1) / shares; ++group) {
+        const int64_t slab = group * blocking_.slabs, count = std::min(blocking_.slabs, slabs - slab);
+        multiply(block, slab, count, b);
+        for (int64_t c = 0; c < count * slab_ && slab * slab_ + c < conv_.c_out; c += kGroup) {
+          transform_output(block, slab * slab_ + c, b.sums.get() + c, b);
         }
       }
     }
   });
 }
 
-void Call::transform_input(const ScaledImage& x, int64_t line, int64_t lines) {
-  const int64_t parts = static_cast<int64_t>(plan_.parts.size()), width = plan_.tiles_w;
-  const int64_t vectors = ceil_div(width, lanes_), stride = columns_ + lanes_;
-  torch::stable::parallel_for(0, conv_.c_in, 1, [&](int64_t begin, int64_t end) {
-    Patch patch(plan_.input, 1, std::min(lines, plan_.tiles_h), vectors * lanes_);
-    std::vector<std::vector<int32_t>> positions;
-    for (const auto& of_part : plan_.positions) positions.push_back(patch.offsets(of_part, 1));
-    // Lines of tiles end anywhere in a register: each line is written over what the last register of the one before it
-    // had left.
-    std::vector<float> rows(parts * products_ * stride);
-    for (int64_t channel = begin; channel < end; ++channel) {
-      for_samples(line, lines, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
-        patch.load(x, sample, row, count, channel, 1);
-        for (int64_t part = 0; part < parts; ++part) {
-          for (int64_t l = 0; l < count; ++l) {
-            kernels_.input(patch.data() + l * patch.line_stride(), positions[part].data(), vectors,
-                           rows.data() + part * products_ * stride + (done + l) * width, stride);
-          }
-        }
-      });
-      for (int64_t part = 0; part < parts; ++part) {
-        for (int64_t product = 0; product < products_; ++product) {
-          const float* from = rows.data() + (part * products_ + product) * stride;
-          float* to = tiles_.get() + product * tile_product_ + (channel * parts + part) * slab_;
-          for (int64_t i = 0; i < columns_; i += slab_, to += slab_ * depth_) std::copy_n(from + i, slab_, to);
-        }
-      }
-    }
-  });
-}
-
-void Call::multiply(int64_t vectors) {
-  std::vector<int32_t> offsets, starts;
-  for (int64_t k = 0; k < kPanelDepth; ++k) offsets.push_back(static_cast<int32_t>(k * slab_));
-  for (int64_t i = 0; i < vectors * lanes_; i += lanes_) {
-    starts.push_back(static_cast<int32_t>(i / slab_ * slab_ * depth_ + i % slab_));
-  }
-  torch::stable::parallel_for(0, phases_ * products_, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      // Phases share their tiles, which are then still near.
-      const int64_t product = task / phases_, phase = task % phases_;
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const int64_t first = chunk * kPanelDepth;
-        // One slab of tiles stays in the first-level cache while the weights pass by.
-        for (int64_t slab = 0; slab < vectors; slab += product_vectors()) {
-          for (int64_t p = 0; p < panels_; ++p) {
-            const int64_t row = p * kPanelRows;
-            panel_products(
-                {.weights = panel(phase, product, chunk, p),
-                 .rows = std::min(kPanelRows, conv_.c_out - row),
-                 .offsets = offsets.data(),
-                 .depth = std::min(kPanelDepth, depth_ - first),
-                 .image = tiles_.get() + product * tile_product_ + first * slab_,
-                 .columns = starts.data() + slab,
-                 .vectors = std::min(product_vectors(), vectors - slab),
-                 .sums = sums_.get() + (phase * products_ + product) * sum_product_ + row * columns_ + slab * lanes_,
-                 .sums_stride = columns_,
-                 .overwrite = chunk == 0});
-          }
-        }
-      }
-    }
-  });
-}
-
-void Call::transform_output(int64_t line, int64_t lines, const PlanarResult& result) {
-  const int64_t stride = conv_.out_stride, size = plan_.m * plan_.m * columns_;
-  torch::stable::parallel_for(0, conv_.c_out, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tiles(phases_ * size), buffer(conv_.w_out);
-    PlaneWriter writer(result);
-    for (int64_t o = begin; o < end; ++o) {
-      for (int64_t phase = 0; phase < phases_; ++phase) {
-        kernels_.output(sums_.get() + phase * products_ * sum_product_ + o * columns_, sum_product_,
-                        ceil_div(lines * plan_.tiles_w, lanes_), tiles.data() + phase * size, columns_);
-      }
-      for_samples(line, lines, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
+void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b) const {
+  const int64_t step = plan_.stride * plan_.m, product = tile_product(), row_stride = b.patch.row_stride();
+  for (int64_t channel = 0; channel < conv_.c_in; channel += kGroup) {
+    const int64_t vectors = std::min(kGroup, part_depth_ - channel) / lanes_;
+    for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
+      b.patch.load(x, sample, channel, row * step + plan_.origin.y, (count - 1) * step + plan_.span.y,
+                   block.column * step + plan_.origin.x, (block.columns - 1) * step + plan_.span.x);
+      int64_t k = channel;
+      for (const auto& part : plan_.parts) {
+        const float* const corner =
+            b.patch.data() + (part.y - plan_.origin.y) * row_stride + (part.x - plan_.origin.x) * kGroup;
+        float* const to = b.tiles.get() + k / kPanelDepth * panels(block.tiles()) * kPanelSize + k % kPanelDepth;
         for (int64_t l = 0; l < count; ++l) {
-          for (int64_t phase = 0; phase < phases_; phase += phases_ / std::min(stride, conv_.h_out)) {
-            for (int64_t a = 0; a < plan_.m; ++a) {
-              const int64_t base = (row + l) * plan_.m + plan_.phases[phase].shift_y + a;
-              const int64_t line_of_y = base * stride + conv_.phases[phase].row;
-              if (base < 0 || line_of_y >= conv_.h_out) continue;
-              write_line(tiles.data() + (done + l) * plan_.tiles_w, phase, a, buffer.data());
-              writer.write(sample, o, line_of_y * conv_.w_out, conv_.w_out, buffer.data());
-            }
+          for (int64_t c = 0; c < block.columns; ++c) {
+            const int64_t tile = (done + l) * block.columns + c;
+            kernels_.input(corner + l * step * row_stride + c * step * kGroup, plan_.stride * row_stride,
+                           plan_.stride * kGroup, vectors,
+                           to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride, product);
           }
         }
-      });
-    }
-  });
+        k += part_depth_;
+      }
+    });
+  }
 }
 
-// One line of y: row a of the tiles of the phases from `phase` on that share its row.
-void Call::write_line(const float* tiles, int64_t phase, int64_t a, float* line) const {
-  const int64_t row = conv_.phases[phase].row, step = conv_.out_stride * plan_.m;
-  for (; phase < phases_ && conv_.phases[phase].row == row; ++phase) {
-    const float* const results = tiles + (phase * plan_.m + a) * plan_.m * columns_;
-    for (int64_t b = 0; b < plan_.m; ++b) {
-      const int64_t column = plan_.phases[phase].shift_x + b;
-      const int64_t skip = column < 0 ? 1 : 0;
-      const int64_t x = (column + skip * plan_.m) * conv_.out_stride + conv_.phases[phase].column;
-      if (x < conv_.w_out) {
-        spread_row(results + b * columns_ + skip, step, line + x, (conv_.w_out - x + step - 1) / step);
+void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const {
+  const int64_t tiles = block.tiles(), vectors = slab_ / lanes_;
+  std::vector<int32_t> offsets(kPanelDepth);
+  for (int64_t k = 0; k < kPanelDepth; ++k) offsets[k] = static_cast<int32_t>(k * slab_);
+  for (int64_t phase = 0; phase < phases_; ++phase) {
+    for (int64_t product = 0; product < products_; ++product) {
+      float* const sums = b.sums.get() + (phase * products_ + product) * sum_product();
+      for (int64_t first = 0; first < depth_; first += kPanelDepth) {
+        const int64_t count = std::min(kPanelDepth, depth_ - first);
+        const float* const from =
+            b.tiles.get() + product * tile_product() + first / kPanelDepth * panels(tiles) * kPanelSize;
+        // So many slabs of weights stay in the first-level cache while the tiles pass by.
+        const int64_t together = std::max<int64_t>(1, kPanelDepth / count);
+        std::vector<int32_t> columns;
+        for (int64_t v = 0; v < together * vectors; ++v) {
+          columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
+        }
+        for (int64_t slab = 0; slab < slabs; slab += together) {
+          const float* const weights = weights_.at(phase, product, first, count, first_slab + slab);
+          for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
+            panel_products({.weights = from + tile * kPanelStride,
+                            .rows = std::min(kPanelRows, tiles - tile),
+                            .offsets = offsets.data(),
+                            .depth = count,
+                            .image = weights,
+                            .columns = columns.data(),
+                            .vectors = std::min(together, slabs - slab) * vectors,
+                            .sums = sums + tile * sum_row() + slab * slab_,
+                            .sums_stride = sum_row(),
+                            .overwrite = first == 0});
+          }
+        }
       }
     }
+  }
+}
+
+void Call::transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const {
+  for (int64_t phase = 0; phase < phases_; ++phase) {
+    for (int64_t l = 0; l < block.lines; ++l) {
+      for (int64_t c = 0; c < block.columns; ++c) {
+        kernels_.output(sums + phase * products_ * sum_product() + (l * block.columns + c) * sum_row(), sum_product(),
+                        b.lines.get() + phase * kGroup * line_channel() + l * plan_.m * line_row() + c * plan_.m,
+                        line_channel(), line_row());
+      }
+    }
+  }
+  write_lines(block, channel, b);
+}
+
+void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
+  const int64_t stride = conv_.out_stride, m = plan_.m, phase_rows = std::min(stride, conv_.h_out);
+  const int64_t in_row = phases_ / phase_rows;  // phases that share the lines of y
+  for (int64_t o = 0; o < std::min(kGroup, conv_.c_out - channel); ++o) {
+    for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
+      for (int64_t l = 0; l < count; ++l) {
+        for (int64_t phase = 0; phase < phases_; phase += in_row) {
+          for (int64_t a = 0; a < m; ++a) {
+            const int64_t base = (row + l) * m + plan_.phases[phase].shift_y + a;
+            const int64_t line_of_y = base * stride + conv_.phases[phase].row;
+            if (base < 0 || line_of_y >= conv_.h_out) continue;
+            const float* from =
+                b.lines.get() + (phase * kGroup + o) * line_channel() + ((done + l) * m + a) * line_row();
+            if (stride == 1) {
+              const int64_t x = block.column * m;
+              b.writer.write(sample, channel + o, line_of_y * conv_.w_out + x,
+                             std::min(block.columns * m, conv_.w_out - x), from);
+              continue;
+            }
+            for (int64_t p = phase; p < phase + in_row; ++p, from += kGroup * line_channel()) {
+              const int64_t skip = -plan_.phases[p].shift_x, first = conv_.phases[p].column;
+              const int64_t pixels = (conv_.w_out - first + stride - 1) / stride;
+              spread_row(from + skip, stride, b.line.data() + first, pixels);
+            }
+            b.writer.write(sample, channel + o, line_of_y * conv_.w_out, conv_.w_out, b.line.data());
+          }
+        }
+      }
+    });
   }
 }
 
 // ---- which tile
 
-// Costs in multiply-adds of a matrix product, fitted to the layers of the models on Zen 3 with two threads: a float
-// that a transform writes costs as much as this many.
-constexpr double kWeightCost = 32, kTileCost = 75, kSumCost = 65;
-// What it is compared with: the products of direct convolution, by torch's own kernels, which do a fifth more per
-// second.
-constexpr double kDirectCost = 0.85;
-// Below so many the transforms' plans alone, made for each call, would cost what could be saved.
-constexpr double kLeastCost = 4e6;
+// Costs in multiply-adds of the products, 60 a nanosecond, fitted to the layers of the models on Zen 3 with two
+// threads: of a float that a transform writes, of one that was kept, and of a call.
+constexpr double kWeightCost = 61, kKeptCost = 6, kTileCost = 21, kSumCost = 50, kCallCost = 1.7e7;
+// Direct convolution by torch's own kernels.
+constexpr double kDirectCost = 0.95;
 
 double direct_cost(const ConvPlan& conv) {
   return kDirectCost * conv.n * conv.base_h * conv.base_w * conv.c_in * conv.c_out * conv.taps;
 }
 
-double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan) {
+double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, products = plan.t * plan.t;
-  const double depth = static_cast<double>(conv.c_in) * plan.parts.size();
+  const double depth = static_cast<double>(part_depth(conv, plan)) * plan.parts.size();
   const double rows = static_cast<double>(conv.c_out) * plan.phases.size();
-  return products * (rows * depth * (tiles + kWeightCost) + tiles * (depth * kTileCost + rows * kSumCost));
+  const double weight = kept ? kKeptCost : kWeightCost;
+  return kCallCost + products * (rows * depth * (tiles + weight) + tiles * (depth * kTileCost + rows * kSumCost));
+}
+
+// Whether the weight is dense, its kernels one behind the other in either order of the channels.
+bool has_dense_kernels(const Tensor& weight) {
+  const int64_t taps = weight.size(2) * weight.size(3);
+  return weight.is_contiguous() || (weight.stride(3) == 1 && weight.stride(2) == weight.size(3) &&
+                                    weight.stride(0) == taps && weight.stride(1) == taps * weight.size(0));
 }
 
 }  // namespace
 
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (x.scalar_type() != ScalarType::Float || !weight.is_contiguous()) return 0;
+  if (x.scalar_type() != ScalarType::Float || !has_dense_kernels(weight)) return 0;
   if (suggests_channels_last(x) || suggests_channels_last(weight)) return 0;
   if (!is_plain_convolution(x, weight, std::nullopt, g)) return 0;
   if (g.stride[0] != g.stride[1] || g.dilation[0] != 1 || g.dilation[1] != 1) return 0;
   if (weight.size(2) != weight.size(3)) return 0;
   const ConvPlan conv(x, weight, g);
-  const int64_t per_axis = taps_per_axis(conv);
+  const int64_t per_axis = taps_per_axis(conv, weight.size(2));
   if (!per_axis) return 0;
   int64_t best = 0;
   double least = direct_cost(conv);
-  if (least < kLeastCost) return 0;
+  if (least < kCallCost) return 0;
+  const bool kept = is_kept(weight.const_data_ptr<float>());
   for (const int64_t m : per_axis == 3 ? std::vector<int64_t>{2, 4} : std::vector<int64_t>{2, 3, 4}) {
-    const double cost = winograd_cost(conv, WinogradPlan(conv, m));
+    const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), kept);
     if (cost < least) {
       least = cost;
       best = m;
@@ -368,9 +412,7 @@ void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Te
                    int64_t m, const PlanarResult& result) {
   ++calls_made;
   const ConvPlan conv(x, weight, g);
-  Call call(conv, m);
-  call.transform_weights(weight.const_data_ptr<float>(), g.transposed);
-  call.run(ScaledImage(x, in_scale), result);
+  Call(conv, m, weight, g).run(ScaledImage(x, in_scale), result);
 }
 
 }  // namespace fastgan

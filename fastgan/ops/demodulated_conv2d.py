@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgan.ops import _check
 from fastgan.ops._conv_arguments import kernel_tensors
 from fastgan.ops._epilogue import contiguous
+from fastgan.ops._kept_weights import keep
 from fastgan.ops._library import define
 from fastgan.ops.demodulation import WeightEnergy, demodulation_factor
 from fastgan.reference.activation import resolve
@@ -62,6 +63,8 @@ def demodulated_conv2d(
     pointwise = (e.act, *resolve(e.act, e.alpha, e.gain), e.clamp, float(e.residual_gain))
     tensors = kernel_tensors(x, None, None, e)[2:]
     scales = (style, in_scale, contiguous(energy.energy, wide), contiguous(energy.peak, wide))
+    if not x.is_cuda:
+        keep(weight)
     y = _op(
         x, weight, *scales, prenormalize, float(eps), d_gain, *tensors, (stride, stride), (top, left), transposed,
         *pointwise,

@@ -18,6 +18,7 @@ from fastgan.ops import _check
 from fastgan.ops._conv_arguments import ConvArguments, check_call, kernel_tensors
 from fastgan.ops._conv_arguments import resolve as resolve_arguments
 from fastgan.ops._epilogue import Activated, epilogue_grads
+from fastgan.ops._kept_weights import keep
 from fastgan.ops._library import define
 from fastgan.ops._plans import epilogue_parts, find_plan
 from fastgan.ops.epilogue_grad import epilogue_grad
@@ -158,6 +159,8 @@ def _run_op(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...], plan: 
     if plan.explicit_padding:
         x = pad_input(x, plan.args.padding, plan.args.padding_mode)
     save_conv = False
+    if plan.backend == "cpp":
+        keep(weight)
     if torch.is_grad_enabled():
         save_conv = _needs_grad(others[1]) or (
             not plan.from_output and any(_needs_grad(t) for t in (x, weight, *others))

@@ -1,0 +1,44 @@
+// A stretch of an image with 16 channels of every pixel side by side, whatever the image's own layout: what transforms
+// work on whose registers hold channels.
+#pragma once
+
+#include <cstdint>
+
+#include "conv_patch.h"
+#include "large_buffer.h"
+
+namespace fastgan {
+
+// Channels side by side: one cache line of floats, whole registers of every instruction set.
+constexpr int64_t kGroup = 16;
+
+// to[p * kGroup + c] = scale[c] * from[c * channel + p * pixel] for p < pixels, c < channels; 0 for other c < kGroup.
+struct ChannelLine {
+  const float* from;
+  int64_t channel, pixel;
+  int64_t channels, pixels;
+  const float* scale;  // [kGroup]
+  float* to;
+  int64_t ahead = 0;  // from here to the line that is gathered next: more lines than a processor foresees by itself
+};
+void gather_channels(const ChannelLine& line);
+
+class ChannelPatch {
+ public:
+  // Of images of h x w pixels with c channels; up to rows x columns of them.
+  ChannelPatch(int64_t c, int64_t h, int64_t w, int64_t rows, int64_t columns);
+
+  // Loads channels [channel, channel + kGroup) of a sample at rows [y, y + rows) and columns [x, x + columns); what is
+  // outside the image, or no channel of it, is 0.
+  void load(const ScaledImage& image, int64_t sample, int64_t channel, int64_t y, int64_t rows, int64_t x,
+            int64_t columns);
+
+  const float* data() const { return data_.get(); }
+  int64_t row_stride() const { return row_stride_; }
+
+ private:
+  const int64_t c_, h_, w_, row_stride_;
+  LargeBuffer data_;
+};
+
+}  // namespace fastgan

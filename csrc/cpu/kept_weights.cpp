@@ -1,0 +1,117 @@
+#include "kept_weights.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+namespace fastgan {
+namespace {
+
+using Made = std::map<std::vector<int64_t>, std::shared_ptr<const LargeBuffer>>;
+
+struct Kept {
+  uint64_t hash = 0;
+  Made made;  // of the values that have this hash
+};
+
+std::mutex mutex;
+std::unordered_map<const float*, Kept> kept;
+
+constexpr int64_t kLanes = 64, kBlock = 1 << 14;
+
+// FNV-1a over every 64th value, in 64 independent lanes.
+FASTGAN_MULTIVERSION uint64_t hash_block(const float* values, int64_t count) {
+  std::array<uint32_t, kLanes> lanes;
+  lanes.fill(2166136261u);
+  constexpr uint32_t kPrime = 16777619u;
+  const auto* const bytes = reinterpret_cast<const char*>(values);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      uint32_t bits;
+      std::memcpy(&bits, bytes + (i + l) * sizeof(float), sizeof bits);
+      lanes[l] = (lanes[l] ^ bits) * kPrime;
+    }
+  }
+  for (int64_t l = 0; i < count; ++i, ++l) {
+    uint32_t bits;
+    std::memcpy(&bits, bytes + i * sizeof(float), sizeof bits);
+    lanes[l] = (lanes[l] ^ bits) * kPrime;
+  }
+  uint64_t hash = 14695981039346656037u;
+  for (const uint32_t lane : lanes) hash = (hash ^ lane) * 1099511628211u;
+  return hash;
+}
+
+uint64_t hash_of(const float* values, int64_t count) {
+  const int64_t blocks = ceil_div(count, kBlock);
+  std::vector<uint64_t> hashes(blocks);
+  torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      hashes[b] = hash_block(values + b * kBlock, std::min(kBlock, count - b * kBlock));
+    }
+  });
+  uint64_t hash = 14695981039346656037u;
+  for (const uint64_t block : hashes) hash = (hash ^ block) * 1099511628211u;
+  return hash;
+}
+
+}  // namespace
+
+bool is_kept(const float* weight) {
+  const std::lock_guard lock(mutex);
+  return kept.contains(weight);
+}
+
+std::shared_ptr<const LargeBuffer> made_of(const float* weight, int64_t count, const std::vector<int64_t>& key,
+                                           const std::function<LargeBuffer()>& make) {
+  if (!is_kept(weight)) return std::make_shared<LargeBuffer>(make());
+  const uint64_t hash = hash_of(weight, count);
+  {
+    const std::lock_guard lock(mutex);
+    const auto found = kept.find(weight);
+    if (found != kept.end()) {
+      Kept& of_weight = found->second;
+      if (of_weight.made.empty()) of_weight.hash = hash;
+      if (of_weight.hash != hash) {
+        kept.erase(found);
+      } else if (const auto made = of_weight.made.find(key); made != of_weight.made.end()) {
+        return made->second;
+      }
+    }
+  }
+  // Outside the lock: other threads go on, and at worst make the same.
+  auto made = std::make_shared<const LargeBuffer>(make());
+  const std::lock_guard lock(mutex);
+  const auto found = kept.find(weight);
+  if (found != kept.end() && found->second.hash == hash) found->second.made[key] = made;
+  return made;
+}
+
+}  // namespace fastgan
+
+extern "C" {
+__attribute__((visibility("default"))) void fastgan_keep_weight(const float* weight) {
+  const std::lock_guard lock(fastgan::mutex);
+  fastgan::kept.try_emplace(weight);
+}
+
+__attribute__((visibility("default"))) void fastgan_forget_weight(const float* weight) {
+  const std::lock_guard lock(fastgan::mutex);
+  fastgan::kept.erase(weight);
+}
+
+// Of everything that is kept.
+__attribute__((visibility("default"))) int64_t fastgan_kept_bytes() {
+  const std::lock_guard lock(fastgan::mutex);
+  int64_t bytes = 0;
+  for (const auto& [weight, of_weight] : fastgan::kept) {
+    for (const auto& [key, made] : of_weight.made) bytes += made->bytes();
+  }
+  return bytes;
+}
+}

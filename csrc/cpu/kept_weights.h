@@ -1,0 +1,26 @@
+// What convolutions make of weights before they multiply with them, kept between the calls of a network that only
+// infers.
+//
+// A weight is kept from when Python says so (fastgan_keep_weight) until it says that the tensor is gone. What was made
+// of it is used again only where a hash of all its values is still the same, so that no way of writing to it can go
+// unseen: every step of the hash is a bijection of one value, so that one changed value always changes it. Reading a
+// weight costs a tenth of transforming it.
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "common.h"
+#include "large_buffer.h"
+
+namespace fastgan {
+
+// Whether the weight at this address is kept.
+bool is_kept(const float* weight);
+
+// What make() makes of a weight of `count` values, which `key` tells from everything else that is made of it. A weight
+// that is kept and has changed, as one in training does, is kept no longer.
+std::shared_ptr<const LargeBuffer> made_of(const float* weight, int64_t count, const std::vector<int64_t>& key,
+                                           const std::function<LargeBuffer()>& make);
+
+}  // namespace fastgan

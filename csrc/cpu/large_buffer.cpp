@@ -1,0 +1,50 @@
+#include "large_buffer.h"
+
+namespace fastgan {
+namespace {
+
+constexpr size_t kMostWaiting = size_t{128} << 20;
+
+struct Waiting {
+  std::mutex mutex;
+  float* data = nullptr;
+  size_t bytes = 0;
+};
+
+// Never destroyed: buffers may outlive this file's statics.
+Waiting& waiting() {
+  static auto* const one = new Waiting;
+  return *one;
+}
+
+}  // namespace
+
+LargeBuffer::LargeBuffer(int64_t count) {
+  constexpr size_t kPage = size_t{2} << 20, kLine = 64;
+  bytes_ = static_cast<size_t>(count) * sizeof(float);
+  const size_t alignment = bytes_ >= kLargeBytes ? kPage : kLine;
+  bytes_ = (bytes_ + alignment - 1) / alignment * alignment;
+  if (bytes_ >= kLargeBytes) {
+    const std::lock_guard lock(waiting().mutex);
+    // Not one twice as large as wanted: what is kept would be the larger for it.
+    if (waiting().bytes >= bytes_ && waiting().bytes / 2 <= bytes_) {
+      data_ = std::exchange(waiting().data, nullptr);
+      bytes_ = std::exchange(waiting().bytes, 0);
+      return;
+    }
+  }
+  data_ = static_cast<float*>(std::aligned_alloc(alignment, bytes_));
+  if (!data_ && bytes_) throw std::bad_alloc();
+  advise_large_pages(data_, bytes_);
+}
+
+LargeBuffer::~LargeBuffer() {
+  if (bytes_ >= kLargeBytes && bytes_ <= kMostWaiting) {
+    const std::lock_guard lock(waiting().mutex);
+    std::swap(data_, waiting().data);
+    std::swap(bytes_, waiting().bytes);
+  }
+  std::free(data_);
+}
+
+}  // namespace fastgan
