@@ -107,17 +107,33 @@ def load() -> dict[str, LibraryStatus]:
     return {name: load_library(name, _HERE, info) for name in _LIBRARIES}
 
 
+# Those of a convolution, then those of the gradient of a weight; in both, "torch" is what is left to torch's own.
+ALGORITHMS = (
+    *("few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch"),
+    *("unfolded_weight_grad", "dense_weight_grad", "direct_weight_grad", "torch_weight_grad"),
+)
+
+
+def algorithm_calls() -> dict[str, int]:
+    """How many calls each of ALGORITHMS has served on the CPU in this process, in whichever thread.
+
+    The library chooses by shape and says nothing; this is for who measures or tests the choice. All are 0 without the
+    CPU library.
+    """
+    library = load()["cpu"]
+    if library.reason is not None:
+        return dict.fromkeys(ALGORITHMS, 0)
+    function = ctypes.CDLL(str(library.path)).fastgan_algorithm_calls
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+    return {name: function(name.encode()) for name in ALGORITHMS}
+
+
 def winograd_calls() -> int:
     """How many convolutions this process has run through Winograd's filtering on the CPU, in whichever thread.
 
     Its results have an error bound of their own, which who checks them has to know; 0 without the CPU library.
     """
-    library = load()["cpu"]
-    if library.reason is not None:
-        return 0
-    function = ctypes.CDLL(str(library.path)).fastgan_winograd_calls
-    function.restype = ctypes.c_int64
-    return function()
+    return algorithm_calls()["winograd"]
 
 
 def simd_level() -> str:

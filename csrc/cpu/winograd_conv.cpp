@@ -6,7 +6,6 @@
 #include "winograd_conv.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "conv_patch.h"
 #include "large_buffer.h"
@@ -15,8 +14,6 @@
 
 namespace fastgan {
 namespace {
-
-std::atomic<int64_t> calls_made = 0;
 
 // Transformed input and sums of one block: 12 MB, about what two threads can hope for of a shared third-level cache.
 constexpr int64_t kBlockFloats = 3 << 20;
@@ -366,7 +363,6 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
 
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    int64_t m, const PlanarResult& result) {
-  ++calls_made;
   const ConvPlan conv(x, weight, g);
   Call call(conv, m);
   call.transform_weights(weight.const_data_ptr<float>(), g.transposed);
@@ -374,6 +370,3 @@ void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Te
 }
 
 }  // namespace fastgan
-
-// How many convolutions of this process went through Winograd's filtering, whose results have bounds of their own.
-extern "C" __attribute__((visibility("default"))) int64_t fastgan_winograd_calls() { return fastgan::calls_made; }
