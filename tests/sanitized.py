@@ -3,7 +3,7 @@
 FOLDER holds the package that ``FASTGAN_SANITIZE=1 python setup.py build --build-lib FOLDER`` makes; ``make sanitize``
 does both. Two planted bugs have to be reported first: the run would else prove nothing. Then come the tests of the
 CPU's ops, and the fuzz tests once for each width of registers that the library has code for, 4, 8 and 16 floats: the
-width decides how far a kernel reads. Any report fails the run.
+width decides how far a kernel reads. The first report ends a run of pytest and fails all.
 
 torch's CPU allocator calls posix_memalign for each tensor, so a read one float beyond a tensor's storage is reported;
 one that stays within the storage of a view is not.
@@ -26,12 +26,12 @@ OPS = (
     "weight_energy_cache",
 )
 PLANTED = {
-    "heap-buffer-overflow": "library.fastgan_read_beyond(ctypes.c_void_p(torch.ones(24).data_ptr()), ctypes.c_int64(24))",
+    "heap-buffer-overflow": "x = torch.ones(24); library.fastgan_read_beyond(*map(ctypes.c_int64, (x.data_ptr(), 24)))",
     "signed integer overflow": "library.fastgan_overflow(2**31 - 1)",
 }
 
 
-def environment(folder: Path, reports: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """In which the sanitized library loads and is the one that ``import fastgan`` finds."""
     info = json.loads((folder / "fastgan" / "_build_info.json").read_text())
     if not info["sanitize"]:
@@ -41,61 +41,46 @@ def environment(folder: Path, reports: Path) -> dict[str, str]:
         subprocess.run([info["cxx"], f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
         for name in ("libasan.so", "libstdc++.so")
     ]
-    # Reports go to files, since pytest holds back what a process wrote that is then aborted. No leaks: what Python and
-    # torch keep until the process ends would be all that is found.
-    options = f"log_path={reports / 'report'}:halt_on_error=1:abort_on_error=1"
     return os.environ | {
         "LD_PRELOAD": ":".join(library.strip() for library in libraries),
-        "ASAN_OPTIONS": f"{options}:detect_leaks=0:detect_stack_use_after_return=1",
-        "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
+        # No leaks: what Python and torch keep until the process ends would be all that is found.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        # Waiting threads sleep: under the sanitizers they wait long.
+        "OMP_WAIT_POLICY": "passive",
     }
 
 
-def take_reports(reports: Path) -> str:
-    """What was reported since the last call."""
-    paths = sorted(reports.glob("report*"))
-    text = "\n".join(path.read_text(errors="replace") for path in paths)
-    for path in paths:
-        path.unlink()
-    return text
-
-
-def prove(env: dict[str, str], reports: Path, folder: Path) -> None:
-    """Stops unless each planted bug is reported, in the library that the tests will load."""
-    for word, bug in PLANTED.items():
+def prove(env: dict[str, str], folder: Path) -> None:
+    """Stops unless each planted bug ends the process with its report, in the library that the tests will load."""
+    for report, bug in PLANTED.items():
         code = "import ctypes, torch, fastgan._native as n; path = n.load()['cpu'].path; print(path)\n"
         code += f"library = ctypes.CDLL(str(path)); {bug}"
-        done = subprocess.run([sys.executable, "-c", code], cwd=reports, env=env, capture_output=True, text=True)
-        text = take_reports(reports)
-        if done.returncode == 0 or word not in text or str(folder) not in done.stdout:
-            sys.exit(f"a planted {word} went unreported:\n{done.stdout}{done.stderr}{text}")
-        print(f"planted {word}: reported", flush=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+        if done.returncode == 0 or report not in done.stderr or str(folder) not in done.stdout:
+            sys.exit(f"a planted {report} went unreported:\n{done.stdout}{done.stderr}")
+        print(f"planted {report}: reported", flush=True)
 
 
-def run(env: dict[str, str], reports: Path, arguments: list[str]) -> bool:
-    """pytest in a process of its own; True if its tests passed and nothing was reported."""
-    # The script, not -m pytest, which would put the ordinary package of this folder before the sanitized one.
-    command = [sys.executable, str(Path(sys.executable).parent / "pytest"), "-q", "-p", "no:cacheprovider", *arguments]
-    code = subprocess.run(command, cwd=ROOT, env=env).returncode
-    text = take_reports(reports)
-    print(text, end="", flush=True)
-    return code == 0 and not text
+def run(env: dict[str, str], *arguments: str) -> bool:
+    """pytest in a process of its own, which a report ends; True if its tests passed."""
+    # The script, not -m pytest, which would put the ordinary package of this folder before the sanitized one. Captured
+    # are Python's own streams alone: a report is on its way when the process dies.
+    pytest = [sys.executable, str(Path(sys.executable).parent / "pytest"), "-q", "--capture=sys"]
+    return subprocess.run([*pytest, *arguments], cwd=ROOT, env=env).returncode == 0
 
 
 def main() -> int:
     folder, arguments = Path(sys.argv[1]).resolve(), sys.argv[2:]
-    reports = folder / "reports"
-    reports.mkdir(exist_ok=True)
-    take_reports(reports)
-    env = environment(folder, reports)
-    prove(env, reports, folder)
+    env = environment(folder)
+    prove(env, folder)
     if arguments:
-        return not run(env, reports, arguments)
-    # torch.compile's own compiler would be preloaded with the sanitizer, for minutes.
-    passed = run(env, reports, ["-k", "not compile", *(f"tests/test_{name}.py" for name in OPS)])
+        return not run(env, *arguments)
+    # torch.compile's own compiler would run with the sanitizer preloaded, for minutes.
+    passed = run(env, "-k", "not compile", *(f"tests/test_{name}.py" for name in OPS))
     for width in WIDTHS:
-        passed &= run(env | {"FASTGAN_LANES": str(width)}, reports, ["tests/fuzz"])
+        passed &= run(env | {"FASTGAN_LANES": str(width)}, "tests/fuzz")
     return not passed
 
 

@@ -1,6 +1,6 @@
-"""How many cases are drawn: FASTGAN_FUZZ_CASES, 400 where it is not set and 4,000 in ``make fuzz``.
+"""How many cases are drawn: FASTGAN_FUZZ_CASES, 500 where it is not set and 4,000 in ``make fuzz``.
 
-400 are the same at every run, so that a change fails where it was made; ``make fuzz`` draws new ones each time, begins
+500 are the same at every run, so that a change fails where it was made; ``make fuzz`` draws new ones each time, begins
 with what failed last, and prints for a failure the call and hypothesis' own key to it.
 """
 
@@ -10,7 +10,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-DEFAULT = 400
+DEFAULT = 500
 CASES = int(os.environ.get("FASTGAN_FUZZ_CASES", DEFAULT))
 
 

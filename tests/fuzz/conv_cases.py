@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from oracle import Case, Named, check, random
-from pointwise import BATCHES, DTYPES, X_LAYOUTS, Pointwise, laid_out, orders, pointwise, wide
+from pointwise import BATCHES, DTYPES, THREADS, X_LAYOUTS, Pointwise, laid_out, orders, pointwise, wide
 from torch import Tensor
 
 from fastgan import ops
@@ -140,7 +140,7 @@ def draw_conv(
         x_layout=pick("x_layout", X_LAYOUTS),
         weight_layout=pick("weight_layout", st.sampled_from(["contiguous"] * 5 + ["channels_last", "sliced"])),
         dtype=draw(DTYPES) if dtype is None else dtype,
-        threads=draw(st.integers(1, 4)),
+        threads=draw(THREADS),
         seed=draw(st.integers(0, 99)),
     )
     while case.products() > most and case.n > 1:

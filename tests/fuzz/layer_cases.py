@@ -16,6 +16,7 @@ from pointwise import (
     HALF,
     MOST_WITH_KINKS,
     SMOOTH,
+    THREADS,
     X_LAYOUTS,
     Pointwise,
     around,
@@ -46,7 +47,7 @@ def common(draw: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of every case."""
     return {
         "dtype": dtype,
-        "threads": draw(st.integers(1, 4)),
+        "threads": draw(THREADS),
         "order": draw(orders(dtype)),
         "seed": draw(st.integers(0, 99)),
     }
@@ -120,8 +121,8 @@ def modulated_cases(draw: Any) -> ModulatedCase:
         # Of one channel, demodulation leaves no gradient of the style but rounding.
         c_in=draw(st.integers(2, 24)),
         c_out=draw(st.integers(1, 24)),
-        h=draw(st.integers(3, 14)),
-        w=draw(st.integers(3, 14)),
+        h=draw(st.integers(4, 14)),
+        w=draw(st.integers(4, 14)),
         kernel=kernel,
         options={
             "demodulate": draw(st.booleans()),

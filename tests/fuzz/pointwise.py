@@ -23,6 +23,7 @@ MOST_WITH_KINKS = 2000
 HALF = (torch.bfloat16, torch.float16)
 
 BATCHES = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 8, 13, 16])
+THREADS = st.sampled_from([1, 1, 1, 2, 3, 4])
 X_LAYOUTS = st.sampled_from(("contiguous", "contiguous", "contiguous", *LAYOUTS))
 DTYPES = st.sampled_from([torch.float32] * 6 + [torch.float64, *HALF])
 

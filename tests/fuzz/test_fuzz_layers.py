@@ -8,37 +8,37 @@ from hypothesis import given
 from oracle import check
 
 
-@share(5)
+@share(4)
 @given(cases.modulated_cases())
 def test_modulated_conv2d(case: cases.ModulatedCase) -> None:
     check(case)
 
 
-@share(6)
+@share(4.8)
 @given(cases.filter_cases())
 def test_upfirdn2d(case: cases.FilterCase) -> None:
     check(case)
 
 
-@share(7)
+@share(5.6)
 @given(cases.norm_cases())
 def test_norm_act(case: cases.NormCase) -> None:
     check(case)
 
 
-@share(4)
+@share(3.2)
 @given(cases.bias_cases())
 def test_bias_act(case: cases.BiasCase) -> None:
     check(case)
 
 
-@share(3)
+@share(2.4)
 @given(cases.pixel_cases())
 def test_pixel_norm(case: cases.PixelCase) -> None:
     check(case)
 
 
-@share(3)
+@share(2.4)
 @given(cases.stddev_cases())
 def test_minibatch_stddev(case: cases.StddevCase) -> None:
     check(case)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from budget import share
 from conv_cases import ConvCase, conv_cases, draw_conv
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import check, reaching
 from pointwise import around
@@ -22,6 +22,9 @@ OWN: dict[str, Any] = {
 }
 
 
+PADDED = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+
+
 def square(side: int) -> tuple[int, int]:
     return (side, side)
 
@@ -33,7 +36,7 @@ def same(draw: Any, kernels: tuple[int, ...], shapes: list[tuple[int, int, int]]
     return draw_conv(draw, **OWN, **size, stride=(1, 1), dilation=(1, 1), **fixed)
 
 
-@share(20)
+@share(16)
 @given(conv_cases())
 def test_anything(case: ConvCase) -> None:
     check(case)
@@ -59,8 +62,9 @@ def small_map() -> dict[str, Any]:
 
 
 def test_few_pixels() -> None:
-    @share(14)
+    @share(11.2)
     @given(few_pixels())
+    @example(ConvCase(n=1, c_in=8, c_out=8, h=4, w=8, **PADDED))
     def draw(case: ConvCase) -> None:
         check(case)
 
@@ -85,8 +89,9 @@ def unfolded(draw: Any) -> ConvCase:
 
 
 def test_unfolded_products() -> None:
-    @share(12)
+    @share(9.6)
     @given(unfolded())
+    @example(ConvCase(n=1, c_in=64, c_out=130, h=8, w=8, **PADDED))
     def draw(case: ConvCase) -> None:
         check(case)
 
@@ -99,8 +104,9 @@ def test_unfolded_transposed_products() -> None:
     size = {"n": st.integers(1, 2), "h": around(5), "w": around(5), "kernel": st.sampled_from([3, 4]).map(square)}
     fixed = {"stride": st.integers(1, 3).map(square), "dilation": (1, 1), "transposed": True, "c_in": around(1040)}
 
-    @share(0.6)
+    @share(0.5)
     @given(conv_cases(**OWN, **size, **fixed, c_out=around(464), most=10**9))
+    @example(ConvCase(n=1, c_in=1040, c_out=464, h=6, w=6, stride=(2, 2), transposed=True, order=0, **PADDED))
     def draw(case: ConvCase) -> None:
         check(case)
 
@@ -129,8 +135,9 @@ def direct(draw: Any) -> ConvCase:
 
 
 def test_direct_products() -> None:
-    @share(18)
+    @share(14.4)
     @given(direct())
+    @example(ConvCase(n=1, c_in=3, c_out=20, h=20, w=24, **PADDED))
     def draw(case: ConvCase) -> None:
         check(case)
 
@@ -152,8 +159,10 @@ def winograd(draw: Any) -> ConvCase:
 
 
 def test_winograd() -> None:
-    @share(6)
+    @share(4.8)
     @given(winograd())
+    @example(ConvCase(n=2, c_in=128, c_out=130, h=19, w=20, **PADDED))
+    @example(ConvCase(n=1, c_in=20, c_out=20, h=19, w=20, **PADDED))
     def draw(case: ConvCase) -> None:
         check(case)
 
@@ -174,8 +183,10 @@ def dense_weight_grad(draw: Any) -> ConvCase:
 
 
 def test_dense_weight_gradients() -> None:
-    @share(10)
+    @share(8)
     @given(dense_weight_grad())
+    @example(ConvCase(n=2, c_in=20, c_out=33, h=21, w=40, **PADDED))
+    @example(ConvCase(n=1, c_in=20, c_out=20, h=12, w=12, kernel=(1, 1)))
     def draw(case: ConvCase) -> None:
         check(case)
 
