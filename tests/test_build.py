@@ -132,7 +132,7 @@ class TestSwitches:
         with pytest.raises(build.SetupError, match="FASTGAN_SANITIZE=1 builds the C\\+\\+ library alone"):
             build.resolve_config()
 
-    @pytest.mark.skipif(COMPILER is None, reason="a library with a missing symbol needs a C++ compiler")
+    @pytest.mark.skipif(COMPILER is None, reason="without a C++ compiler nothing is built that could be refused")
     def test_a_sanitized_library_is_not_built_in_place(self) -> None:
         """Where it would lie, no Python without the sanitizers' own libraries could load it."""
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]

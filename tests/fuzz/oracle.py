@@ -19,13 +19,15 @@ from torch import Tensor
 from fastgan._native import algorithm_calls
 
 # What is left when both errors are a few roundings, relative to the largest element; half types are rounded once.
-FLOORS = {torch.float64: 2e-14, torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FLOORS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Of a result of Winograd's filtering, whatever eager torch's own error is.
 WINOGRAD = 1e-5
 # A result that changes when its inputs are rounded cannot be more exact than that change: sums that cancel, a
-# normalisation of two values. Measured over 20,000 cases: eager torch needs up to 2 of it.
-CONDITION = 4.0
+# normalisation of two values. The change is sampled, and of a few elements one sample may be small by luck. Measured:
+# the gradient of a scale that 30,000 values share, a sum that cancels to a fifth, had an error of 8 samples' change.
+CONDITION = 16.0
+FEW_ELEMENTS, SAMPLES_OF_FEW = 16, 3
 KINKS = {"relu", "lrelu", "selu"}
 # elu's second derivative jumps at 0, and the others' have jumped already.
 KINKS_OF_ORDER_2 = {*KINKS, "elu"}
@@ -114,11 +116,15 @@ def check(case: Case) -> None:
         signs = torch.randint(0, 2, t.shape, generator=generator) * 2 - 1
         return t * (1 + signs * ROUNDING[case.dtype])
 
-    moved = evaluate(case, {name: jitter(t) for name, t in wide.items()}, "reference", order, jitter)
+    samples = SAMPLES_OF_FEW if any(0 < t.numel() < FEW_ELEMENTS for t in exact.values()) else 1
+    moved = [
+        evaluate(case, {name: jitter(t) for name, t in wide.items()}, "reference", order, jitter)
+        for _ in range(samples)
+    ]
     for name, value in exact.items():
         floor = FLOORS[eager[name].dtype] if case.dtype == torch.float32 else FLOORS[case.dtype]
         floor = (WINOGRAD if winograd else floor) * (2 if name.startswith("second") else 1)
-        floor += CONDITION * max_error(moved[name], value)
+        floor += CONDITION * max(max_error(sample[name], value) for sample in moved)
         assert_close_to_float64(fused[name], eager[name], value, floor=floor, what=name)
 
 
