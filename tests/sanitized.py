@@ -77,8 +77,9 @@ def main() -> int:
     prove(env, folder)
     if arguments:
         return not run(env, *arguments)
-    # torch.compile's own compiler would run with the sanitizer preloaded, for minutes.
-    passed = run(env, "-k", "not compile", *(f"tests/test_{name}.py" for name in OPS))
+    # Left out: torch.compile, whose own compiler would run with the sanitizer preloaded, for minutes; and a bound on sums
+    # that only vector registers keep short, which instrumented loops do without.
+    passed = run(env, "-k", "not compile and not large_mean", *(f"tests/test_{name}.py" for name in OPS))
     for width in WIDTHS:
         passed &= run(env | {"FASTGAN_LANES": str(width)}, "tests/fuzz")
     return not passed
