@@ -3,7 +3,8 @@
 FOLDER holds the package that ``FASTGAN_SANITIZE=1 python setup.py build --build-lib FOLDER`` makes; ``make sanitize``
 does both. Two planted bugs have to be reported first: the run would else prove nothing. Then come the tests of the
 CPU's ops, and the fuzz tests once for each width of registers that the library has code for, 4, 8 and 16 floats: the
-width decides how far a kernel reads. The first report ends a run of pytest and fails all.
+width decides how far a kernel reads. The first report ends a run of pytest and fails all. Of
+the ops' own tests nothing else counts, since values are the ordinary build's affair; the fuzz tests must pass.
 
 torch's CPU allocator calls posix_memalign for each tensor, so a read one float beyond a tensor's storage is reported;
 one that stays within the storage of a view is not.
@@ -25,6 +26,8 @@ OPS = (
     *("pixel_norm", "scaled_conv2d", "spectral_sigma", "upfirdn2d", "vector_math", "weight_energy"),
     "weight_energy_cache",
 )
+# The exit status of a process that a report ended; pytest's own are 0 to 5.
+REPORTED = 86
 PLANTED = {
     "heap-buffer-overflow": "x = torch.ones(24); library.fastgan_read_beyond(*map(ctypes.c_int64, (x.data_ptr(), 24)))",
     "signed integer overflow": "library.fastgan_overflow(2**31 - 1)",
@@ -44,8 +47,8 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {
         "LD_PRELOAD": ":".join(library.strip() for library in libraries),
         # No leaks: what Python and torch keep until the process ends would be all that is found.
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": f"exitcode={REPORTED}:detect_leaks=0:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": f"exitcode={REPORTED}:print_stacktrace=1",
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         # Waiting threads sleep: under the sanitizers they wait long.
         "OMP_WAIT_POLICY": "passive",
@@ -58,17 +61,17 @@ def prove(env: dict[str, str], folder: Path) -> None:
         code = "import ctypes, torch, fastgan._native as n; path = n.load()['cpu'].path; print(path)\n"
         code += f"library = ctypes.CDLL(str(path)); {bug}"
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
-        if done.returncode == 0 or report not in done.stderr or str(folder) not in done.stdout:
+        if done.returncode != REPORTED or report not in done.stderr or str(folder) not in done.stdout:
             sys.exit(f"a planted {report} went unreported:\n{done.stdout}{done.stderr}")
         print(f"planted {report}: reported", flush=True)
 
 
-def run(env: dict[str, str], *arguments: str) -> bool:
-    """pytest in a process of its own, which a report ends; True if its tests passed."""
+def run(env: dict[str, str], *arguments: str) -> int:
+    """pytest in a process of its own, which a report ends; its exit status."""
     # The script, not -m pytest, which would put the ordinary package of this folder before the sanitized one. Captured
     # are Python's own streams alone: a report is on its way when the process dies.
     pytest = [sys.executable, str(Path(sys.executable).parent / "pytest"), "-q", "--capture=sys"]
-    return subprocess.run([*pytest, *arguments], cwd=ROOT, env=env).returncode == 0
+    return subprocess.run([*pytest, *arguments], cwd=ROOT, env=env).returncode
 
 
 def main() -> int:
@@ -76,12 +79,12 @@ def main() -> int:
     env = environment(folder)
     prove(env, folder)
     if arguments:
-        return not run(env, *arguments)
-    # Left out: torch.compile, whose own compiler would run with the sanitizer preloaded, for minutes; and a bound on sums
-    # that only vector registers keep short, which instrumented loops do without.
-    passed = run(env, "-k", "not compile and not large_mean", *(f"tests/test_{name}.py" for name in OPS))
+        return run(env, *arguments)
+    # Without torch.compile, whose own compiler would run with the sanitizer preloaded, for minutes. A test that fails
+    # (1) is no report: some bounds on long sums are met in vector registers alone, which instrumented loops do without.
+    passed = run(env, "-k", "not compile", *(f"tests/test_{name}.py" for name in OPS)) in (0, 1)
     for width in WIDTHS:
-        passed &= run(env | {"FASTGAN_LANES": str(width)}, "tests/fuzz")
+        passed &= run(env | {"FASTGAN_LANES": str(width)}, "tests/fuzz") == 0
     return not passed
 
 
