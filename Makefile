@@ -5,7 +5,8 @@
 #   STEPS    stop the quickstart after so many steps, not after three minutes
 #   OUT      where the quickstart writes
 #   GPU_OUT  where gpu-check writes
-#   ARGS     further arguments of quickstart, test, the benches and the GPU's two, for example ARGS="--data photos" or ARGS="-k patch_loss"
+#   CASES    how many calls fuzz draws
+#   ARGS     further arguments of quickstart, test, fuzz, sanitize, the benches and the GPU's two, for example ARGS="--data photos" or ARGS="-k patch_loss"
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -13,13 +14,14 @@ STEPS ?=
 OUT ?= quickstart
 ARGS ?=
 GPU_OUT ?= gpu-check.json
+CASES ?= 4000
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastgan-installed
 TORCH_STAMP := $(VENV)/.torch-installed
 CXX_SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup quickstart test lint bench bench-cpu gpu-check gpu-report ops-table build clean
+.PHONY: setup quickstart test fuzz sanitize lint bench bench-cpu gpu-check gpu-report ops-table build clean
 
 setup: $(STAMP)
 
@@ -40,6 +42,17 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# Calls of the CPU's ops that hypothesis draws anew at each run, values and gradients against float64; `make test` draws
+# the same 500 each time. A failing call is printed, and tried first the next time.
+fuzz: setup
+	FASTGAN_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+# The CPU's kernels under AddressSanitizer and UBSan, in a build of their own (GCC only); the first report fails. Without
+# the detection of leaks: Python and torch keep memory to the end by intent.
+sanitize: setup
+	FASTGAN_SANITIZE=1 $(BIN)/python setup.py build --build-base build/sanitize --build-lib build/sanitize/lib
+	$(BIN)/python tests/sanitized.py build/sanitize/lib $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check

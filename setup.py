@@ -10,6 +10,8 @@ Environment:
     FASTGAN_BUILD_CUDA      auto, 0 or 1. auto: where nvcc is found, torch has CUDA and the C++ library is built too.
     TORCH_CUDA_ARCH_LIST    GPU architectures, as torch's own extensions take them: "8.0;9.0+PTX".
     FASTGAN_DEBUG           1: assertions, symbols and little optimisation.
+    FASTGAN_SANITIZE        1: FASTGAN_DEBUG=1 under AddressSanitizer and UBSan, without CUDA and never in place, since
+                            the library then loads only into a process that preloads them, as `make sanitize` does.
     CXX, CUDAHOSTCXX        the compilers. Default: g++, c++ or clang++, whichever is found first.
     CUDA_HOME, CUDA_PATH    where to look for bin/nvcc before PATH.
     MAX_JOBS                parallel compilations. Default: all cores.
@@ -101,6 +103,7 @@ class BuildConfig:
     build_cuda: bool
     cuda_required: bool
     debug: bool
+    sanitize: bool
     cpp_reason: str | None = None
     cuda_reason: str | None = None
     cxx: str | None = None
@@ -119,7 +122,8 @@ def resolve_config() -> BuildConfig:
     cxx, nvcc = find_cxx(), find_nvcc()
     cpp = read_switch("FASTGAN_BUILD_CPP", ("0", "1"), "1" if cxx else "0")
     cuda = read_switch("FASTGAN_BUILD_CUDA", ("auto", "0", "1"), "auto")
-    debug = read_switch("FASTGAN_DEBUG", ("0", "1"), "0") == "1"
+    sanitize = read_switch("FASTGAN_SANITIZE", ("0", "1"), "0") == "1"
+    debug = sanitize or read_switch("FASTGAN_DEBUG", ("0", "1"), "0") == "1"
 
     if cpp == "1" and not cxx:
         raise SetupError("FASTGAN_BUILD_CPP=1, but no C++ compiler was found: install g++ or set CXX")
@@ -127,13 +131,17 @@ def resolve_config() -> BuildConfig:
         raise SetupError("FASTGAN_BUILD_CUDA=1, but no nvcc was found: install the CUDA toolkit or set CUDA_HOME")
     if cuda == "1" and not cxx:
         raise SetupError("FASTGAN_BUILD_CUDA=1, but no C++ compiler was found for nvcc: install g++ or set CXX")
+    if cuda == "1" and sanitize:
+        raise SetupError("FASTGAN_BUILD_CUDA=1, but FASTGAN_SANITIZE=1 builds the C++ library alone")
 
-    config = BuildConfig(build_cpp=cpp == "1", build_cuda=False, cuda_required=cuda == "1", debug=debug)
+    config = BuildConfig(cpp == "1", build_cuda=False, cuda_required=cuda == "1", debug=debug, sanitize=sanitize)
     if not config.build_cpp:
         chosen = "" if os.environ.get("FASTGAN_BUILD_CPP") else " was chosen, since no C++ compiler was found"
         config.cpp_reason = f"FASTGAN_BUILD_CPP=0{chosen}"
     if cuda == "0":
         config.cuda_reason = "FASTGAN_BUILD_CUDA=0"
+    elif sanitize:
+        config.cuda_reason = "FASTGAN_SANITIZE=1 builds the C++ library alone"
     elif not nvcc:
         config.cuda_reason = "FASTGAN_BUILD_CUDA=auto and no nvcc found"
     elif cuda == "auto" and not config.build_cpp:
@@ -180,6 +188,10 @@ def settle_with_torch(config: BuildConfig) -> TorchPaths:
     return TorchPaths(include=home / "include", lib=home / "lib")
 
 
+# A report ends the process: a test that goes on after one would pass.
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+
+
 def compile_flags(config: BuildConfig, torch_paths: TorchPaths) -> dict[str, list[str]]:
     """Flags by source suffix. No -march (dispatch is at run time) and no -ffast-math (NaN and infinity are kept)."""
     shared = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_WORD}", "-std=c++20"]
@@ -190,6 +202,8 @@ def compile_flags(config: BuildConfig, torch_paths: TorchPaths) -> dict[str, lis
     # none of them changes what happens to NaN or infinity.
     vector = ["-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     cpp = [*host, *vector, *(["-D_GLIBCXX_ASSERTIONS"] if config.debug else [])]
+    if config.sanitize:
+        cpp += [*SANITIZERS, "-fno-omit-frame-pointer", "-DFASTGAN_SANITIZE"]
     flags = {".cpp": [*shared, *includes, *cpp]}
     if config.build_cuda:
         device = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "-lineinfo", *gencode_flags(config.cuda_arch_list)]
@@ -239,6 +253,8 @@ class BuildNative(build_ext):
         return str(Path(*ext_name.split("."))) + ".so"
 
     def run(self) -> None:
+        if CONFIG.sanitize and self.inplace:
+            raise SetupError("FASTGAN_SANITIZE=1 does not build in place: nothing could import fastgan afterwards")
         self.torch_paths = settle_with_torch(CONFIG)
         if not CONFIG.build_cuda:
             self.extensions = [ext for ext in self.extensions if ext.suffix != ".cu"]
@@ -280,7 +296,7 @@ class BuildNative(build_ext):
         return LibraryPlan(
             name=ext.name.rpartition(".")[2],
             compile=[*head, *CONFIG.flags[ext.suffix]],
-            link=[*head, "-shared", *libraries],
+            link=[*head, "-shared", *(SANITIZERS if CONFIG.sanitize else []), *libraries],
             objects={work / (Path(source).name + ".o"): ROOT / source for source in ext.sources},
             output=output,
         )

@@ -114,11 +114,29 @@ def cpu_library() -> ctypes.CDLL | None:
     if library.reason is not None:
         return None
     functions = ctypes.CDLL(str(library.path))
-    functions.fastgan_winograd_calls.restype = ctypes.c_int64
-    functions.fastgan_kept_bytes.restype = ctypes.c_int64
+    functions.fastgan_algorithm_calls.argtypes = [ctypes.c_char_p]
+    for function in (functions.fastgan_algorithm_calls, functions.fastgan_kept_bytes):
+        function.restype = ctypes.c_int64
     for function in (functions.fastgan_keep_weight, functions.fastgan_forget_weight):
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return functions
+
+
+# Those of a convolution, then those of the gradient of a weight; in both, "torch" is what is left to torch's own.
+ALGORITHMS = (
+    *("few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch"),
+    *("unfolded_weight_grad", "dense_weight_grad", "direct_weight_grad", "torch_weight_grad"),
+)
+
+
+def algorithm_calls() -> dict[str, int]:
+    """How many calls each of ALGORITHMS has served on the CPU in this process, in whichever thread.
+
+    The library chooses by shape and says nothing; this is for who measures or tests the choice. All are 0 without the
+    CPU library.
+    """
+    library = cpu_library()
+    return {name: library.fastgan_algorithm_calls(name.encode()) if library else 0 for name in ALGORITHMS}
 
 
 def winograd_calls() -> int:
@@ -126,8 +144,7 @@ def winograd_calls() -> int:
 
     Its results have an error bound of their own, which who checks them has to know; 0 without the CPU library.
     """
-    library = cpu_library()
-    return 0 if library is None else library.fastgan_winograd_calls()
+    return algorithm_calls()["winograd"]
 
 
 def simd_level() -> str:

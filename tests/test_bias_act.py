@@ -82,6 +82,12 @@ def test_bias_runs_along_dim(dim: int) -> None:
     assert torch.equal(ops.bias_act(x, dim=dim), x)
 
 
+def test_bias_of_a_vector() -> None:
+    """x of one dimension: the bias's gradient is summed over none."""
+    x, b = (torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert gradcheck(lambda x, b: ops.bias_act(x, b, dim=0, act="tanh"), (x, b))
+
+
 @pytest.mark.parametrize("act", DEFINITIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_half_types_are_rounded_once(act: str, dtype: torch.dtype) -> None:

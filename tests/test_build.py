@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,15 @@ from fastgan import _native
 ROOT = Path(__file__).resolve().parent.parent
 INFO = {"torch_version": "2.14.1", "torch_target": "2.10", "cpp_reason": None, "cuda_reason": None}
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-SWITCHES = ("FASTGAN_BUILD_CPP", "FASTGAN_BUILD_CUDA", "FASTGAN_DEBUG", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDA_HOME")
+SWITCHES = (
+    "FASTGAN_BUILD_CPP",
+    "FASTGAN_BUILD_CUDA",
+    "FASTGAN_DEBUG",
+    "FASTGAN_SANITIZE",
+    "TORCH_CUDA_ARCH_LIST",
+    "CXX",
+    "CUDA_HOME",
+)
 
 
 @pytest.fixture
@@ -67,6 +76,7 @@ class TestSwitches:
             ({"FASTGAN_BUILD_CPP": "0"}, (False, False, False)),
             ({"FASTGAN_BUILD_CPP": "0", "FASTGAN_BUILD_CUDA": "1"}, (False, True, False)),
             ({"FASTGAN_BUILD_CUDA": "0", "FASTGAN_DEBUG": "1"}, (True, False, True)),
+            ({"FASTGAN_SANITIZE": "1"}, (True, False, True)),
         ],
     )
     def test_switches_decide(
@@ -108,6 +118,28 @@ class TestSwitches:
             assert "-DNDEBUG" not in debug[suffix]
             for flags in (release[suffix], debug[suffix]):
                 assert not {"-ffast-math", "-march=native", "--use_fast_math"} & set(flags)
+
+    def test_sanitizers_are_compiled_and_linked_in_and_end_the_process(
+        self, build: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        paths = build.TorchPaths(Path("include"), Path("lib"))
+        assert not set(build.SANITIZERS) & set(build.compile_flags(build.resolve_config(), paths)[".cpp"])
+        monkeypatch.setenv("FASTGAN_SANITIZE", "1")
+        flags = build.compile_flags(build.resolve_config(), paths)[".cpp"]
+        assert {*build.SANITIZERS, "-DFASTGAN_SANITIZE", "-g"} <= set(flags)
+        assert "-fno-sanitize-recover=all" in build.SANITIZERS
+        monkeypatch.setenv("FASTGAN_BUILD_CUDA", "1")
+        with pytest.raises(build.SetupError, match="FASTGAN_SANITIZE=1 builds the C\\+\\+ library alone"):
+            build.resolve_config()
+
+    @pytest.mark.skipif(COMPILER is None, reason="without a C++ compiler nothing is built that could be refused")
+    def test_a_sanitized_library_is_not_built_in_place(self) -> None:
+        """Where it would lie, no Python without the sanitizers' own libraries could load it."""
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        env = os.environ | {"FASTGAN_SANITIZE": "1", "FASTGAN_BUILD_CPP": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "FASTGAN_SANITIZE=1 does not build in place" in done.stderr
 
     def test_arch_list(self, build: ModuleType) -> None:
         assert build.gencode_flags("7.5 9.0a;12.0+PTX") == [

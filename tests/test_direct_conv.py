@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close_to_float64, layouts, max_error
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -304,72 +301,6 @@ def test_channels_last_goes_to_torch():
             other = inputs | {key: inputs[key].contiguous(memory_format=torch.channels_last)}
             assert runs_torch(call, other)
             torch.testing.assert_close(run(call, other), run(call, inputs), rtol=1e-4, atol=1e-4)
-
-
-def test_two_threads_at_once():
-    """Calls share no scratch: two different ones at a time give the bits that each gives alone."""
-    for pair in (("F(4,3) 3x3", "F(4,3) 6x6 stride 2 transposed"), ("image in", "few pixels of several samples")):
-        given_inputs = {name: ALL[name].inputs() for name in pair}
-        alone = {name: run(ALL[name], inputs) for name, inputs in given_inputs.items()}
-        with ThreadPoolExecutor(2) as pool:
-            results = [(name, pool.submit(run, ALL[name], given_inputs[name])) for name in pair * 8]
-            for name, result in results:
-                assert torch.equal(result.result(), alone[name]), name
-
-
-@st.composite
-def calls(draw) -> Call:
-    """Few channels on one side at least, in any geometry."""
-    transposed = draw(st.booleans())
-    kernel = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
-    options = {"stride": draw(st.integers(1, 3)), "padding": draw(st.integers(0, 4)), "transposed": transposed}
-    if transposed:
-        options["output_padding"] = draw(st.integers(0, options["stride"] - 1))
-    else:
-        options["dilation"] = draw(st.integers(1, 3))
-    channels = [draw(st.integers(1, 8)), draw(st.integers(1, 40))]
-    c_in, c_out = channels if draw(st.booleans()) else channels[::-1]
-    call = Call(
-        draw(st.integers(1, 4)), c_in, c_out, draw(st.integers(1, 40)), draw(st.integers(1, 40)), kernel, options
-    )
-    assume(min(call.sizes()) >= 1)
-    return call
-
-
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
-@given(calls(), st.integers(0, 99))
-def test_any_direct_geometry_against_float64(call, seed):
-    inputs = call.inputs(seed)
-    exact = run(call, doubled(inputs), backend="reference")
-    assert_close_to_float64(run(call, inputs), run(call, inputs, backend="reference"), exact, floor=1e-6)
-
-
-@st.composite
-def winograd_calls(draw) -> Call:
-    """3 taps per phase and axis over 64 to 128 channels of maps of about 30 rows and columns."""
-    stride, transposed = draw(st.integers(1, 2)), draw(st.booleans())
-    kernel, channels = 3 * stride, st.sampled_from([64, 67, 80] if stride > 1 else [112, 127, 128])
-    options = {"stride": stride, "padding": draw(st.integers(0, kernel - 1)), "transposed": transposed}
-    if transposed:
-        options["output_padding"] = draw(st.integers(0, stride - 1))
-    scale = 1 if transposed else stride
-    h, w = (scale * draw(st.integers(26, 38)) + draw(st.integers(0, 1)) for _ in range(2))
-    return Call(draw(st.integers(1, 2)), draw(channels), draw(channels), h, w, (kernel, kernel), options)
-
-
-def test_any_winograd_geometry_against_float64():
-    left_to_torch = []
-
-    @settings(max_examples=25, deadline=None, derandomize=True)
-    @given(winograd_calls(), st.integers(0, 99))
-    def draw(call, seed):
-        inputs = call.inputs(seed)
-        left_to_torch.append(runs_torch(call, inputs))
-        error = max_error(run(call, inputs), run(call, doubled(inputs), backend="reference"))
-        assert error <= WINOGRAD_BOUND, f"error {error:.3g}"
-
-    draw()
-    assert sum(left_to_torch) <= len(left_to_torch) // 4
 
 
 def test_nothing_is_read_before_it_is_written():

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import assert_close_to_float64, layouts
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -125,69 +123,6 @@ def test_every_form_of_scale(shape):
     for call in (*(Call(3, 5, 7, 9, w, (3, 3), 1, 1) for w in (32, 33)), CASES["few pixels"]):
         check(call, call.inputs(in_scale=shape))
         check(call, call.inputs(g_scale=shape))
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.builds(
-        Call,
-        n=st.integers(1, 4),
-        c_in=st.integers(1, 8),
-        c_out=st.integers(1, 70),
-        h=st.integers(1, 40),
-        w=st.integers(12, 70),
-        kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-        stride=st.integers(1, 3),
-        padding=st.integers(0, 4),
-        dilation=st.integers(1, 3),
-    ),
-    st.integers(0, 99),
-)
-def test_any_geometry_against_float64(call, seed):
-    assume(min(call.sizes()) >= 1)
-    check(call, call.inputs(("N", "C"), (1, "C"), seed))
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.builds(
-        Call,
-        n=st.integers(1, 4),
-        c_in=st.sampled_from([9, 20, 48, 67]),
-        c_out=st.integers(9, 140),
-        h=st.integers(1, 24),
-        w=st.integers(1, 24),
-        kernel=st.tuples(st.integers(2, 5), st.integers(2, 5)),
-        stride=st.integers(1, 3),
-        padding=st.integers(0, 3),
-        dilation=st.integers(1, 2),
-    ),
-    st.integers(0, 99),
-)
-def test_any_geometry_of_many_channels_against_float64(call, seed):
-    assume(min(call.sizes()) >= 1)
-    check(call, call.inputs(("N", "C"), ("N", "C"), seed))
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.builds(
-        Call,
-        n=st.integers(1, 4),
-        c_in=st.sampled_from([48, 64, 80, 128]),
-        c_out=st.integers(64, 140),
-        h=st.integers(1, 10),
-        w=st.integers(1, 10),
-        kernel=st.tuples(st.integers(3, 5), st.integers(3, 5)),
-        stride=st.integers(1, 3),
-        padding=st.integers(0, 3),
-        dilation=st.integers(1, 2),
-    ),
-    st.integers(0, 99),
-)
-def test_any_geometry_of_few_pixels_against_float64(call, seed):
-    assume(min(call.sizes()) >= 1)
-    check(call, call.inputs(("N", "C"), ("N", "C"), seed))
 
 
 @pytest.mark.parametrize("layout", ["sliced", "expanded"])

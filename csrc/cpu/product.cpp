@@ -194,17 +194,17 @@ struct Kernels {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 using Avx2 = register_t<float, 32>;
 using Avx512 = register_t<float, 64>;
-__attribute__((target("arch=x86-64-v3"))) void panel_avx2(const PanelProducts& p) { any_panel<Avx2, 1>(p); }
-__attribute__((target("arch=x86-64-v3"))) void shifted_avx2(const ShiftedProducts& p) { any_shifted<Avx2, 1>(p); }
-__attribute__((target("arch=x86-64-v3"))) void dots_avx2(const DotProducts& p) { all_dots<Avx2>(p); }
+FASTGAN_AVX2 void panel_avx2(const PanelProducts& p) { any_panel<Avx2, 1>(p); }
+FASTGAN_AVX2 void shifted_avx2(const ShiftedProducts& p) { any_shifted<Avx2, 1>(p); }
+FASTGAN_AVX2 void dots_avx2(const DotProducts& p) { all_dots<Avx2>(p); }
 // 32 registers instead of 16: twice the vectors.
-__attribute__((target("arch=x86-64-v4"))) void panel_avx512(const PanelProducts& p) { any_panel<Avx512, 2>(p); }
-__attribute__((target("arch=x86-64-v4"))) void shifted_avx512(const ShiftedProducts& p) { any_shifted<Avx512, 2>(p); }
-__attribute__((target("arch=x86-64-v4"))) void dots_avx512(const DotProducts& p) { all_dots<Avx512>(p); }
+FASTGAN_AVX512 void panel_avx512(const PanelProducts& p) { any_panel<Avx512, 2>(p); }
+FASTGAN_AVX512 void shifted_avx512(const ShiftedProducts& p) { any_shifted<Avx512, 2>(p); }
+FASTGAN_AVX512 void dots_avx512(const DotProducts& p) { all_dots<Avx512>(p); }
 
 Kernels choose() {
-  if (__builtin_cpu_supports("x86-64-v4")) return {kLanes<Avx512>, 4, panel_avx512, shifted_avx512, dots_avx512};
-  if (__builtin_cpu_supports("x86-64-v3")) return {kLanes<Avx2>, 2, panel_avx2, shifted_avx2, dots_avx2};
+  if (has_avx512()) return {kLanes<Avx512>, 4, panel_avx512, shifted_avx512, dots_avx512};
+  if (has_avx2()) return {kLanes<Avx2>, 2, panel_avx2, shifted_avx2, dots_avx2};
   return {kLanes<Portable>, 2, panel_portable, shifted_portable, dots_portable};
 }
 #else

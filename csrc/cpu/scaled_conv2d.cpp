@@ -10,6 +10,7 @@
 #include <array>
 #include <limits>
 
+#include "algorithm.h"
 #include "convert.h"
 #include "direct_conv.h"
 #include "direct_weight_grad.h"
@@ -69,7 +70,11 @@ Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
 }
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvGeometry& g) {
-  if (const auto y = convolve_few_pixels(x, weight, bias, g)) return *y;
+  if (const auto y = convolve_few_pixels(x, weight, bias, g)) {
+    count_call(Algorithm::kFewPixels);
+    return *y;
+  }
+  count_call(Algorithm::kTorch);
   using torch::stable::detail::from;
   std::array<StableIValue, 9> stack{from(x),         from(weight),     from(bias),         from(g.stride),
                                     from(g.padding), from(g.dilation), from(g.transposed), from(g.output_padding),
@@ -95,6 +100,7 @@ std::optional<std::tuple<Tensor, Tensor>> fused_products(const Tensor& x, const 
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
   const PlanarResult result(dense, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);
+  count_call(unfolded ? Algorithm::kUnfolded : tile ? Algorithm::kWinograd : Algorithm::kDirect);
   if (unfolded) {
     unfolded_conv(x, weight, in_scale, g, result);
   } else if (tile) {
@@ -147,6 +153,7 @@ Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::op
                                            {stride, padding, {0, 0}, dilation, false, groups})) {
     return *grad;
   }
+  count_call(Algorithm::kTorchWeightGrad);
   using torch::stable::detail::from;
   const Tensor wide_x = scaled_input(x, in_scale), wide_g = scaled_input(g, g_scale);
   // torch asks for the weight but reads its sizes only.

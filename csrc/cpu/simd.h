@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -27,6 +28,29 @@ using register_t = typename Register<C, kBytes>::type;
 // Values in one register.
 template <typename V>
 constexpr int64_t kLanes = sizeof(V) / sizeof(std::declval<V>()[0]);
+
+// The instruction sets that kernels with registers of their own width are written for, and whether to run them here.
+//
+// How far a kernel reads depends on that width, so `make sanitize` asks for each (FASTGAN_LANES floats), on any
+// machine: in its build the widest registers are made of two of AVX2's.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define FASTGAN_AVX2 __attribute__((target("arch=x86-64-v3")))
+#if defined(FASTGAN_SANITIZE)
+#define FASTGAN_AVX512 FASTGAN_AVX2
+inline bool has_avx2() {
+  const char* const lanes = std::getenv("FASTGAN_LANES");
+  return __builtin_cpu_supports("x86-64-v3") && !(lanes && std::atoi(lanes) == 4);
+}
+inline bool has_avx512() {
+  const char* const lanes = std::getenv("FASTGAN_LANES");
+  return __builtin_cpu_supports("x86-64-v3") && lanes && std::atoi(lanes) == 16;
+}
+#else
+#define FASTGAN_AVX512 __attribute__((target("arch=x86-64-v4")))
+inline bool has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
+inline bool has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
+#endif
+#endif
 
 template <typename V, typename C>
 FASTGAN_INLINE V load(const C* from) {

@@ -178,8 +178,8 @@ FASTGAN_INLINE void output_transform(const float* sums, int64_t stride, float* t
 
 FASTGAN_WINOGRAD(Portable, , 16)
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-FASTGAN_WINOGRAD(Avx2, __attribute__((target("arch=x86-64-v3"))), 32)
-FASTGAN_WINOGRAD(Avx512, __attribute__((target("arch=x86-64-v4"))), 64)
+FASTGAN_WINOGRAD(Avx2, FASTGAN_AVX2, 32)
+FASTGAN_WINOGRAD(Avx512, FASTGAN_AVX512, 64)
 #endif
 
 template <int M, int R>

@@ -7,7 +7,6 @@
 #include "winograd_conv.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "channel_patch.h"
 #include "kept_weights.h"
@@ -17,8 +16,6 @@
 
 namespace fastgan {
 namespace {
-
-std::atomic<int64_t> calls_made = 0;
 
 // Behind each product's matrix one cache line: powers of two apart, the t^2 matrices would share one set of a cache.
 constexpr int64_t kLine = 16;
@@ -410,12 +407,8 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
 
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    int64_t m, const PlanarResult& result) {
-  ++calls_made;
   const ConvPlan conv(x, weight, g);
   Call(conv, m, weight, g).run(ScaledImage(x, in_scale), result);
 }
 
 }  // namespace fastgan
-
-// How many convolutions of this process went through Winograd's filtering, whose results have bounds of their own.
-extern "C" __attribute__((visibility("default"))) int64_t fastgan_winograd_calls() { return fastgan::calls_made; }

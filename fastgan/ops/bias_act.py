@@ -141,7 +141,9 @@ def _backward(ctx, grad_y: Tensor):
     g = ctx.act.cotangent(grad_y, y, lambda: _before_activation(ctx, x, b))
     grad_b = None
     if ctx.needs_input_grad[1]:
-        grad_b = g.sum([i for i in range(g.ndim) if i != ctx.dim], dtype=ctx.bias_dtype)
+        others = [i for i in range(g.ndim) if i != ctx.dim]
+        # Of no dimension at all, torch's sum is the sum over every one.
+        grad_b = g.sum(others, dtype=ctx.bias_dtype) if others else g.to(ctx.bias_dtype)
     return g if ctx.needs_input_grad[0] else None, grad_b, None, None, None, None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.reference._precision import compute_dtype
@@ -15,7 +16,7 @@ def minibatch_stddev(x: Tensor, *, group_size: int, num_channels: int, eps: floa
     """
     n, c, h, w = x.shape
     if n == 0:
-        return x.new_empty(0, c + num_channels, h, w)
+        return F.pad(x, (0, 0, 0, 0, 0, num_channels))
     groups = x.to(compute_dtype(x)).reshape(group_size, n // group_size, num_channels, c // num_channels, h, w)
     deviation = (groups - groups.mean(0)).square().mean(0).add(eps).sqrt()
     statistic = deviation.mean((2, 3, 4)).to(x.dtype)

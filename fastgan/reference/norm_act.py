@@ -26,8 +26,9 @@ def norm_act(
     y = x.to(compute_dtype(x))
     weight = None if weight is None else weight.to(y.dtype)
     bias = None if bias is None else bias.to(y.dtype)
-    adaptive = any(t is not None and t.ndim == 2 for t in (weight, bias))
-    affine = (None, None) if adaptive else (weight, bias)
+    # torch's own second order of a bias without a weight raises: applied apart, as what is adaptive has to be.
+    apart = any(t is not None and t.ndim == 2 for t in (weight, bias)) or weight is None
+    affine = (None, None) if apart else (weight, bias)
     if x.shape[0] == 0:
         # No sample has statistics to offer, so running ones stay as they are; the sum keeps (zero) gradients for the
         # affine pair.
@@ -36,9 +37,9 @@ def norm_act(
         y = F.instance_norm(y, None, None, *affine, eps=eps)
     else:
         y = batch_norm(y, *affine, running=running, eps=eps)
-    if adaptive and weight is not None:
+    if apart and weight is not None:
         y = y * weight.reshape(-1, y.shape[1], 1, 1)
-    if adaptive and bias is not None:
+    if apart and bias is not None:
         y = y + bias.reshape(-1, y.shape[1], 1, 1)
     return activate(y, act, alpha, gain, None).to(x.dtype)
 
