@@ -92,7 +92,7 @@ def make_target(
 
 def layer_inputs(c_in: int, c_out: int, size: int, up: int) -> list[Any]:
     """x, weight, style, noise, bias, up; styles spread by 10× within the layer, as trained ones do."""
-    x, weight = torch.randn(1, c_in, size, size), torch.randn(c_out, c_in, 3, 3)
+    x, weight = torch.randn(1, c_in, size, size), nn.Parameter(torch.randn(c_out, c_in, 3, 3))
     style = 10 ** torch.empty(1, c_in).uniform_(-0.5, 0.5)
     return [x, weight, style, torch.randn(size * up, size * up), torch.randn(c_out), up]
 

@@ -131,21 +131,19 @@ FASTGAN_INLINE void weight_transform(const float* taps, const int64_t* positions
   transform<V>(F::g, [=](int k) FASTGAN_LAMBDA_INLINE { return taps + positions[k]; }, vectors, to, to_stride);
 }
 
-// Columns of one row of a tile, a group of channels each -> rows of pixels, one for each channel.
+// Columns of one row of a tile, a group of channels each -> rows of pixels, one for each channel: four pixels each,
+// what is beyond the tile being 0.
 template <int kColumns>
 FASTGAN_INLINE void spread_channels(const float* from, float* to, int64_t channel) {
   using Quad = register_t<float, 16>;
   constexpr int64_t kQuad = 4;
   for (int64_t c = 0; c < kGroup; c += kQuad) {
-    if constexpr (kColumns == kQuad) {
-      const Quad p = load<Quad>(from + c), q = load<Quad>(from + kGroup + c), r = load<Quad>(from + 2 * kGroup + c),
-                 s = load<Quad>(from + 3 * kGroup + c);
-      FASTGAN_UNROLL
-      for (int k = 0; k < kQuad; ++k) store(Quad{p[k], q[k], r[k], s[k]}, to + (c + k) * channel);
-    } else {
-      for (int64_t k = c; k < c + kQuad; ++k) {
-        for (int64_t b = 0; b < kColumns; ++b) to[k * channel + b] = from[b * kGroup + k];
-      }
+    Quad columns[kQuad] = {};
+    FASTGAN_UNROLL
+    for (int b = 0; b < kColumns; ++b) columns[b] = load<Quad>(from + b * kGroup + c);
+    FASTGAN_UNROLL
+    for (int k = 0; k < kQuad; ++k) {
+      store(Quad{columns[0][k], columns[1][k], columns[2][k], columns[3][k]}, to + (c + k) * channel);
     }
   }
 }

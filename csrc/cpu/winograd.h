@@ -24,7 +24,8 @@ struct WinogradKernels {
   void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride);
   // to[xi * to_stride + c] = (G g G^T)[xi], g[k] = taps[positions[k] + c], for r^2 taps.
   void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
-  // to[c * channel + a * row + b] = (A^T s A)[a][b], s[xi] = sums[xi * stride + c], for kGroup channels.
+  // to[c * channel + a * row + b] = (A^T s A)[a][b], s[xi] = sums[xi * stride + c], for kGroup channels; and 0 for m <=
+  // b < 4, which the tile to the right overwrites.
   void (*output)(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row);
 
   int64_t t() const { return m + r - 1; }
