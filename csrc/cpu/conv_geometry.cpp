@@ -13,6 +13,12 @@ bool suggests_channels_last(const Tensor& t) {
   return true;
 }
 
+bool has_dense_kernels(const Tensor& weight) {
+  const int64_t taps = weight.size(2) * weight.size(3);
+  return weight.is_contiguous() || (weight.stride(3) == 1 && weight.stride(2) == weight.size(3) &&
+                                    weight.stride(0) == taps && weight.stride(1) == taps * weight.size(0));
+}
+
 bool is_plain_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const ConvGeometry& g) {
   const ScalarType dtype = x.scalar_type();

@@ -26,6 +26,10 @@ inline int64_t result_size(const Tensor& x, const Tensor& weight, const ConvGeom
 // What torch's suggest_memory_format says of strides: where sizes of 1 leave both layouts open, contiguous.
 bool suggests_channels_last(const Tensor& t);
 
+// Whether a weight [O, I, kH, kW] is dense, its kernels one behind the other with channels of either side the faster
+// ones.
+bool has_dense_kernels(const Tensor& weight);
+
 // Whether the arguments are ones that torch's convolution takes, without groups, and something remains to compute.
 bool is_plain_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const ConvGeometry& g);

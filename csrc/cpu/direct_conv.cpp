@@ -64,9 +64,8 @@ class Worker {
         tiling_(tiling),
         x_(x),
         weight_(weight.const_data_ptr<float>()),
-        // Weights are [C_out, C_in, taps], transposed [C_in, C_out, taps].
-        weight_row_(transposed ? plan.taps : plan.c_in * plan.taps),
-        weight_channel_(transposed ? plan.c_out * plan.taps : plan.taps),
+        weight_row_(weight.stride(transposed ? 1 : 0)),
+        weight_channel_(weight.stride(transposed ? 0 : 1)),
         patch_(plan.input, tiling.channels, tiling.lines, tiling.width),
         panel_(kPanelRows * kPanelStride),
         sums_(tiling.columns * tiling.rows * static_cast<int64_t>(plan.phases.size())) {
@@ -192,7 +191,7 @@ void for_stretches(const ConvPlan& plan, const Tiling& tiling, const Worker& wor
 }  // namespace
 
 bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (x.scalar_type() != ScalarType::Float || !weight.is_contiguous()) return false;
+  if (x.scalar_type() != ScalarType::Float || !has_dense_kernels(weight)) return false;
   if (suggests_channels_last(x) || suggests_channels_last(weight)) return false;
   if (!is_plain_convolution(x, weight, std::nullopt, g) || g.stride[0] != g.stride[1]) return false;
   if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return false;

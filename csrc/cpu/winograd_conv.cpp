@@ -373,13 +373,6 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) 
   return kCallCost + products * (rows * depth * (tiles + weight) + tiles * (depth * kTileCost + rows * kSumCost));
 }
 
-// Whether the weight is dense, its kernels one behind the other in either order of the channels.
-bool has_dense_kernels(const Tensor& weight) {
-  const int64_t taps = weight.size(2) * weight.size(3);
-  return weight.is_contiguous() || (weight.stride(3) == 1 && weight.stride(2) == weight.size(3) &&
-                                    weight.stride(0) == taps && weight.stride(1) == taps * weight.size(0));
-}
-
 }  // namespace
 
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
