@@ -84,6 +84,11 @@ class Block:
     warps: int
     stages: int
 
+    @property
+    def sums(self) -> int:
+        """Of one thread."""
+        return self.pixels * self.columns // (32 * self.warps)
+
 
 def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int) -> Block:
     """Tile of pixels × C_out × C_in of the forward kernel.

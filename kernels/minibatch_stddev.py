@@ -21,7 +21,7 @@ from ._launch import Launch
 from ._tiles import needs_wide, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MOST = 2048
+_MOST, _WARP_VALUES = 2048, 128  # values at a time of a program and of a warp: four a thread, with all their members
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def plan(x: Tensor, group_size: int, num_channels: int, eps: float) -> tuple[Ten
         return y, None
     grid, numbers, constants = _common(x, group_size, num_channels, eps, needs_wide(x, y))
     arguments = {"x_ptr": x, "y_ptr": y} | numbers | _strides("x", x) | _strides("y", y)
-    warps = 8 if constants["BLOCK"] >= 1024 else 4
+    warps = max(4, constants["BLOCK"] // _WARP_VALUES)
     return y, Launch(
         minibatch_stddev_kernel, grid, arguments, constants, warps, bytes=traffic(x, y), flops=5 * x.numel()
     )
@@ -183,7 +183,7 @@ def plan_grad(gy: Tensor, x: Tensor, group_size: int, num_channels: int, eps: fl
         return gx, None
     grid, numbers, constants = _common(x, group_size, num_channels, eps, needs_wide(x, gy))
     arguments = {"gy_ptr": gy, "x_ptr": x, "gx_ptr": gx} | numbers | _strides("x", x) | _strides("gy", gy)
-    warps = 8 if constants["BLOCK"] >= 1024 else 4
+    warps = max(4, constants["BLOCK"] // _WARP_VALUES)
     return gx, Launch(
         minibatch_stddev_grad_kernel, grid, arguments, constants, warps, bytes=traffic(x, gy, gx), flops=8 * x.numel()
     )

@@ -38,6 +38,7 @@ from ._layers import Layer, Variant, shipped_layers
 from ._sum_parts import sum_parts
 from ._tail import Tail
 from ._tiles import (
+    Block,
     ceil_div,
     empty_result,
     forward_block,
@@ -269,11 +270,19 @@ def plan(
         constants | {"BLOCK_N": block.columns, "BLOCK_K": block.depth},
         num_warps=block.warps,
         num_stages=block.stages,
+        max_registers=_max_registers(x, conv, block),
         bytes=traffic(*pointers.values(), *{id(t): t for t in scales.values()}.values()),
         flops=2 * x.shape[0] * c_in * c_out * products,
     )
     many = dot_with is not None and count > 1
     return Planned(y, c, sums, [launch, sum_parts(parts, sums, sums.numel())] if many else [launch])
+
+
+def _max_registers(x: Tensor, conv: Convolution, block: Block) -> int | None:
+    """All that four warps may have, where a thread of a transposed convolution on half types holds many sums: beside
+    its phase's addresses the assembler would spill a few, for an occupancy that the shared memory of the tile, or the
+    few programs of the layer, rule out anyway."""
+    return 255 if conv.transposed and x.dtype != torch.float32 and block.warps == 4 and block.sums >= 8 else None
 
 
 def _scales(

@@ -141,7 +141,7 @@ def specialise(launch: Launch, arch: int) -> Job:
     reference = Reference.of(kernel)
     backend = make_backend(GPUTarget("cuda", arch, 32))
     arguments = {name: _stand_in(x) for name, x in launch.arguments.items()}
-    keywords = {**arguments, **launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    keywords = {**arguments, **launch.constants, **launch.settings()}
     # What JITFunction.run adds before it binds.
     keywords |= {"debug": bool(kernel.debug), "instrumentation_mode": ""}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
