@@ -38,7 +38,6 @@ from ._layers import Layer, Variant, shipped_layers
 from ._sum_parts import sum_parts
 from ._tail import Tail
 from ._tiles import (
-    Block,
     ceil_div,
     empty_result,
     forward_block,
@@ -246,7 +245,8 @@ def plan(
         return Planned(y, c, sums, [])
     precision = precision or convolution_precision(x)
     phase_hw = conv.phase_hw(out_hw)
-    block = forward_block(x, precision, x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases, c_in, c_out)
+    pixels = x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases
+    block = forward_block(x, precision, pixels, c_in, c_out, conv.transposed)
     costs = {"width": 16 if is_channels_last(y) else 32, "joint_cost": 1.0 if in_scale is None else 1.5}
     tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, **costs)
     tiles = tile.count(x.shape[0], *phase_hw)
@@ -270,19 +270,12 @@ def plan(
         constants | {"BLOCK_N": block.columns, "BLOCK_K": block.depth},
         num_warps=block.warps,
         num_stages=block.stages,
-        max_registers=_max_registers(x, conv, block),
+        max_registers=block.registers,
         bytes=traffic(*pointers.values(), *{id(t): t for t in scales.values()}.values()),
         flops=2 * x.shape[0] * c_in * c_out * products,
     )
     many = dot_with is not None and count > 1
     return Planned(y, c, sums, [launch, sum_parts(parts, sums, sums.numel())] if many else [launch])
-
-
-def _max_registers(x: Tensor, conv: Convolution, block: Block) -> int | None:
-    """All that four warps may have, where a thread of a transposed convolution on half types holds many sums: beside
-    its phase's addresses the assembler would spill a few, for an occupancy that the shared memory of the tile, or the
-    few programs of the layer, rule out anyway."""
-    return 255 if conv.transposed and x.dtype != torch.float32 and block.warps == 4 and block.sums >= 8 else None
 
 
 def _scales(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import inspect
 import multiprocessing
 import os
 import pickle
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -24,14 +24,12 @@ from typing import Any
 from torch import Tensor
 
 from fastgan.kernels._launch import Launch
-from fastgan.profile import global_loads, machine_code
+from fastgan.profile import global_loads, machine_code, products
 from fastgan.profile.devices import ARCHITECTURES
 from fastgan.profile.global_loads import TileLoad, tile_loads
 from fastgan.profile.machine_code import MachineCode, read
 
 _CACHED = "fastgan-compiled.pickle"
-_DOT = re.compile(r"tt\.dot(?:_scaled)? .* : tensor<[\dx]+x(\w+)[,>]")
-_PRECISION = re.compile(r"inputPrecision = (\w+)")
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,8 @@ def specialise(launch: Launch, arch: int) -> Job:
 @functools.cache
 def _reader() -> str:
     """A digest of the code that reads what was compiled: with other code, what was read before is read again."""
-    sources = [Path(file).read_bytes() for file in (__file__, global_loads.__file__, machine_code.__file__)]
-    return hashlib.sha256(b"".join(sources)).hexdigest()
+    sources = [inspect.getsource(part) for part in (global_loads, machine_code, products, Compiled, _compile)]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
 def _portable(value: Any) -> Any:
@@ -205,17 +203,9 @@ def _compile(job: Job) -> Compiled:
         warps=compiled.metadata.num_warps,
         shared=compiled.metadata.shared + static,
         code=code,
-        products=frozenset(_products(compiled.asm["ttir"])),
+        products=frozenset(products.products(compiled.asm["ttir"])),
         tiles=tuple(tile_loads(compiled.asm["ttgir"], compiled.asm["ptx"])),
     )
-
-
-def _products(ttir: str) -> Iterable[tuple[str, str]]:
-    for line in ttir.splitlines():
-        product = _DOT.search(line)
-        if product is not None:
-            precision = _PRECISION.search(line)
-            yield product.group(1), precision.group(1) if precision else "ieee"
 
 
 @dataclass(frozen=True)
