@@ -108,8 +108,8 @@ def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int,
     depth = max(16, min(deepest, triton.next_power_of_2(c_in)))
     # Sums per thread: 64 on tensor cores, 16 on ordinary units, which need the other registers for operands.
     warps = 8 if rows * columns >= (128 * 128 if tensor_cores else 64 * 64) else 4
-    # A phase's addresses take registers that the assembler, aiming at an occupancy, does not grant four warps: it spills
-    # a few. So they may have all; a layer with so small a tile has few programs, or much shared memory in each.
+    # With a phase's addresses, too, four warps have not enough registers for the occupancy that the assembler aims at,
+    # and it spills a few. They may have all: so small a tile has few programs, or much shared memory in each.
     registers = 255 if half and transposed and warps == 4 else None
     return Block(rows, columns, depth, warps, 3 if tensor_cores else 2, registers)
 

@@ -86,7 +86,7 @@ def _beyond_cuda_cores(launch: Launch, arch: int) -> bool:
 
 
 def _turned_for_tf32(tile: TileLoad, result: Compiled) -> bool:
-    """Whether a tile is read element by element because the product of TF32 on sm_90 or sm_100 takes it in no other way.
+    """Whether a tile is read element by element because sm_90's or sm_100's product of TF32 takes it in no other way.
 
     Both read their operands from shared memory, float32 ones only with the depth of the product along the line (PTX
     ISA, wgmma.mma_async: only 16-bit types can be transposed; tcgen05.mma: only with a swizzle of 32-byte atoms, which
