@@ -24,6 +24,8 @@ class Launch:
         arguments: run-time parameters by name: tensors (on meta where the launch is only planned), numbers, None.
         constants: ``tl.constexpr`` parameters by name.
         num_warps, num_stages: as Triton takes them.
+        max_registers: that a thread may take. None leaves it to the assembler, which aims at an occupancy and spills a
+            few registers for it.
         bytes: modelled traffic with device memory: what this launch must at least read and write, each element once.
         flops: modelled floating-point operations, a multiply-add being two.
     """
@@ -36,6 +38,11 @@ class Launch:
     num_stages: int = 2
     bytes: int = 0
     flops: int = 0
+    max_registers: int | None = None
+
+    def settings(self) -> dict[str, int | None]:
+        """Triton's options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
     def run(self) -> None:
         """Launch on the device of the tensors; asynchronous there, as every CUDA launch."""
@@ -43,10 +50,9 @@ class Launch:
             _recording[-1].append(self)
         if _planning:
             return
-        settings = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         # Triton launches on the current device, whichever device the tensors are on.
         with _on_device_of(self.arguments):
-            self.kernel[self.grid](**self.arguments, **self.constants, **settings)
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.settings())
 
 
 def _on_device_of(arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:

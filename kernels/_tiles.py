@@ -83,9 +83,10 @@ class Block:
     depth: int
     warps: int
     stages: int
+    registers: int | None  # at most, of a thread; None leaves it to the assembler
 
 
-def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int) -> Block:
+def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int, transposed: bool) -> Block:
     """Tile of pixels × C_out × C_in of the forward kernel.
 
     Tensor cores want large tiles: 128 × 128 in eight warps keeps 64 sums a thread, and three stages of 64 channels
@@ -106,8 +107,11 @@ def forward_block(x: Tensor, precision: str, pixels: int, c_in: int, c_out: int)
     deepest = 64 if half and x.stride(1) == 1 else 32
     depth = max(16, min(deepest, triton.next_power_of_2(c_in)))
     # Sums per thread: 64 on tensor cores, 16 on ordinary units, which need the other registers for operands.
-    wide = rows * columns >= (128 * 128 if tensor_cores else 64 * 64)
-    return Block(rows, columns, depth, 8 if wide else 4, 3 if tensor_cores else 2)
+    warps = 8 if rows * columns >= (128 * 128 if tensor_cores else 64 * 64) else 4
+    # With a phase's addresses, too, four warps have not enough registers for the occupancy that the assembler aims at,
+    # and it spills a few. They may have all: so small a tile has few programs, or much shared memory in each.
+    registers = 255 if half and transposed and warps == 4 else None
+    return Block(rows, columns, depth, warps, 3 if tensor_cores else 2, registers)
 
 
 def is_channels_last(t: Tensor) -> bool:

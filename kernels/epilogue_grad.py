@@ -227,6 +227,7 @@ def plan(
         (ceil_div(c, 64) + (noise is not None),),
         arguments,
         {"BLOCK_PARTS": _BLOCK_PARTS, "BLOCK": 64},
+        num_warps=8,
         bytes=written + traffic(*sums),
     )
     return (g, *sums), [first, second]

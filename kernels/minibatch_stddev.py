@@ -21,7 +21,7 @@ from ._launch import Launch
 from ._tiles import needs_wide, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MOST = 2048
+_MOST = 2048  # values at a time
 
 
 @triton.jit
@@ -161,6 +161,12 @@ def _common(x: Tensor, group_size: int, num_channels: int, eps: float, wide: boo
     return (n // group_size * num_channels,), numbers, constants
 
 
+def _threads(x: Tensor, constants: dict) -> dict[str, int]:
+    """Of one program: so many that each reads 16 bytes at once, with the registers that sixteen warps may have. There
+    are a handful of programs, so that no occupancy is worth a spilled register."""
+    return {"num_warps": max(4, constants["BLOCK"] * x.element_size() // (32 * 16)), "max_registers": 128}
+
+
 def plan(x: Tensor, group_size: int, num_channels: int, eps: float) -> tuple[Tensor, Launch | None]:
     """The result, laid out as ``x``, and the launch that fills it; None if it is empty. Works on meta tensors."""
     layout = torch.channels_last if _is_nhwc(x) else torch.contiguous_format
@@ -170,10 +176,8 @@ def plan(x: Tensor, group_size: int, num_channels: int, eps: float) -> tuple[Ten
         return y, None
     grid, numbers, constants = _common(x, group_size, num_channels, eps, needs_wide(x, y))
     arguments = {"x_ptr": x, "y_ptr": y} | numbers | _strides("x", x) | _strides("y", y)
-    warps = 8 if constants["BLOCK"] >= 1024 else 4
-    return y, Launch(
-        minibatch_stddev_kernel, grid, arguments, constants, warps, bytes=traffic(x, y), flops=5 * x.numel()
-    )
+    work = {"bytes": traffic(x, y), "flops": 5 * x.numel()}
+    return y, Launch(minibatch_stddev_kernel, grid, arguments, constants, **_threads(x, constants), **work)
 
 
 def plan_grad(gy: Tensor, x: Tensor, group_size: int, num_channels: int, eps: float) -> tuple[Tensor, Launch | None]:
@@ -183,10 +187,8 @@ def plan_grad(gy: Tensor, x: Tensor, group_size: int, num_channels: int, eps: fl
         return gx, None
     grid, numbers, constants = _common(x, group_size, num_channels, eps, needs_wide(x, gy))
     arguments = {"gy_ptr": gy, "x_ptr": x, "gx_ptr": gx} | numbers | _strides("x", x) | _strides("gy", gy)
-    warps = 8 if constants["BLOCK"] >= 1024 else 4
-    return gx, Launch(
-        minibatch_stddev_grad_kernel, grid, arguments, constants, warps, bytes=traffic(x, gy, gx), flops=8 * x.numel()
-    )
+    work = {"bytes": traffic(x, gy, gx), "flops": 8 * x.numel()}
+    return gx, Launch(minibatch_stddev_grad_kernel, grid, arguments, constants, **_threads(x, constants), **work)
 
 
 def minibatch_stddev(x, group_size, num_channels, eps):

@@ -19,7 +19,7 @@ from ._launch import Launch
 from ._patch_loss import backward_kernel, forward_kernel, second_kernel
 from ._reduce import ELEMENT_TYPES, VECTOR_BYTES
 
-_BLOCK = 1024  # eight elements for each of 128 threads: one 16-byte load of a half map, two of a float32 one
+_BLOCK = 1024  # one 16-byte load for each thread: four warps of them for a half map, eight for a float32 one
 _PROGRAMS = 1024  # some eight for each of 128 multiprocessors; the last one adds as many partial sums
 _MOST_ENTRIES = 64  # of a kernel's arguments: all pointers of a call must fit 4 KiB
 _MOST_PER_SAMPLE = 2**30  # elements of one sample are counted in 32 bits
@@ -117,6 +117,10 @@ def _entries(real: list[Tensor], fake: list[Tensor], scale: list[float], paired:
     return _Entries(xs, ys, tuple(s / max(1, x.numel()) for s, x in zip(scales, xs, strict=True)))
 
 
+def _warps(x: Tensor) -> int:
+    return _BLOCK * x.element_size() // (32 * 16)
+
+
 def _wanted(real_slopes: bool, fake_slopes: bool) -> str:
     return ("r" if real_slopes else "") + ("f" if fake_slopes else "")
 
@@ -170,6 +174,7 @@ def plan_forward(
             "SLOPE_VECTOR": 4 if vector > 1 else 1,
             "TAIL": ranges.tail,
         },
+        num_warps=_warps(maps[0]),
         bytes=elements * maps[0].element_size() + 4 * (ranges.slopes + len(maps) + 1),
         flops=(30 if form == "bce" else 4) * elements,
     )
@@ -249,6 +254,7 @@ def plan_backward(
             "minus_ptrs": found.minus,
         },
         constants=found.constants,
+        num_warps=_warps(found.all[0]),
         bytes=elements * found.all[0].element_size() + 4 * (slopes.numel() + 1),
         flops=elements,
     )
@@ -306,6 +312,7 @@ def plan_second(
             "counter_ptr": _reduce.counters(device, 1),
         },
         constants={**found.constants, "FORM": form, "PAIRED": paired},
+        num_warps=_warps(wanted[0]),
         bytes=(2 * elements + read) * wanted[0].element_size() + 4 * (slopes.numel() + 2),
         flops=(24 if form == "bce" else 6) * elements,
     )

@@ -245,7 +245,8 @@ def plan(
         return Planned(y, c, sums, [])
     precision = precision or convolution_precision(x)
     phase_hw = conv.phase_hw(out_hw)
-    block = forward_block(x, precision, x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases, c_in, c_out)
+    pixels = x.shape[0] * phase_hw[0] * phase_hw[1] * conv.phases
+    block = forward_block(x, precision, pixels, c_in, c_out, conv.transposed)
     costs = {"width": 16 if is_channels_last(y) else 32, "joint_cost": 1.0 if in_scale is None else 1.5}
     tile = pixel_tile(x.shape[0], *phase_hw, block.pixels, **costs)
     tiles = tile.count(x.shape[0], *phase_hw)
@@ -269,6 +270,7 @@ def plan(
         constants | {"BLOCK_N": block.columns, "BLOCK_K": block.depth},
         num_warps=block.warps,
         num_stages=block.stages,
+        max_registers=block.registers,
         bytes=traffic(*pointers.values(), *{id(t): t for t in scales.values()}.values()),
         flops=2 * x.shape[0] * c_in * c_out * products,
     )

@@ -199,6 +199,8 @@ def plan(
         constants,
         num_warps=8 if block_o * block_i >= 128 * 64 else 4,
         num_stages=3 if half else 2,
+        # NCHW pixels are read one by one and wait in registers: the assembler would spill some.
+        max_registers=255 if half and x.stride(1) != 1 and block_o * block_i >= 128 * 64 else None,
         bytes=traffic(x, g, in_scale, g_scale, parts),
         flops=2 * n * out_hw[0] * out_hw[1] * c_in * c_out * taps,
     )

@@ -23,7 +23,7 @@ from ._tiles import ceil_div, needs_wide, pixel_tile, traffic
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ELEMENTS = 1024
-# Threads so many that each reads 16 bytes a tap: the loads of all taps wait in registers.
+# Threads so many that each reads 16 bytes a tap, or a pixel's few channels: the loads of all taps wait in registers.
 _THREAD_BYTES = 16
 # Taps up to which the sum is written out: StyleGAN2's 4×4. Longer filters loop.
 _UNROLLED = 16
@@ -239,6 +239,7 @@ def plan(x: Tensor, f: Tensor | None, resampling: Resampling, tail: Tail) -> tup
     most = min(64, triton.next_power_of_2(c)) if nhwc else 1
     tile = pixel_tile(1, height, width, _ELEMENTS // most, least=1, width=8 if nhwc else 64)
     block_c = min(_ELEMENTS // tile.pixels, triton.next_power_of_2(c))
+    thread_bytes = min(_THREAD_BYTES, block_c * x.element_size()) if nhwc else _THREAD_BYTES
     _, tiles_h, tiles_w = tile.count(1, height, width)
     (up_w, up_h), (down_w, down_h) = resampling.up, resampling.down
     steps = ceil_div(taps[0], up_w) * ceil_div(taps[1], up_h)
@@ -267,7 +268,7 @@ def plan(x: Tensor, f: Tensor | None, resampling: Resampling, tail: Tail) -> tup
         (ceil_div(c, block_c) * tiles_w * tiles_h * x.shape[0],),
         arguments,
         constants,
-        num_warps=ceil_div(tile.pixels * block_c * x.element_size(), 32 * _THREAD_BYTES),
+        num_warps=ceil_div(tile.pixels * block_c * x.element_size(), 32 * thread_bytes),
         bytes=traffic(x, f, noise, tail.noise_strength, tail.bias, residual, y),
         flops=2 * steps * y.numel(),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_kernels
@@ -15,16 +17,18 @@ from torch import Tensor
 
 from fastgan import cli
 from fastgan.profile import gpu_layers, gpu_report
-from fastgan.profile.compiled import Compiled, Failure, compile_all, compile_job, specialise, vector_bits
+from fastgan.profile.compiled import Compiled, Failure, _compile, compile_all, compile_jobs, specialise, vector_bits
 from fastgan.profile.devices import ARCHITECTURES, DEVICES, device
 from fastgan.profile.gpu_checks import check
 from fastgan.profile.gpu_layers import Layer, report_layers
-from fastgan.profile.machine_code import parse
+from fastgan.profile.machine_code import parse, read
 from fastgan.profile.traffic import count
 
 
 def compiled(launch: Launch, arch: int = 80) -> Compiled:
-    return compile_job(specialise(launch, arch))
+    (found,) = compile_jobs([specialise(launch, arch)])
+    assert isinstance(found, Compiled), found
+    return found
 
 
 def kinds(launch: Launch, result: Compiled | Failure) -> set[str]:
@@ -77,14 +81,14 @@ def test_specialisation_is_that_of_a_launch(jit_without_gpu: list[dict], launch:
         for name, x in launch.arguments.items()
     }
     assert launch.kernel.warmup(
-        **real, **launch.constants, grid=(1,), num_warps=launch.num_warps, num_stages=launch.num_stages
+        **real, **launch.constants, grid=(1,), **launch.settings()
     ) is None  # fmt: skip
     (asked,) = jit_without_gpu
     job = specialise(launch, 80)
     assert job.signature == asked["signature"]
     assert job.constants == asked["constants"]
     assert [job.attributes] == asked["configs"]
-    assert (job.options["num_warps"], job.options["num_stages"]) == (launch.num_warps, launch.num_stages)
+    assert {name: job.options[name] for name in launch.settings()} == launch.settings()
 
 
 def test_same_code_is_compiled_once() -> None:
@@ -93,6 +97,14 @@ def test_same_code_is_compiled_once() -> None:
     assert jobs[0] == jobs[1] != jobs[2]
     assert specialise(launches[0], 90).key != jobs[0].key
     assert len(compile_all(jobs)) == 2
+
+
+def test_registers_are_those_that_the_launch_allows() -> None:
+    free = gpu_kernels.product()
+    few = dataclasses.replace(free, max_registers=40)
+    assert compiled(free).code.registers > 40
+    assert compiled(few).code.registers <= 40
+    assert specialise(few, 80).options["maxnreg"] == 40
 
 
 def test_what_does_not_compile_is_a_finding_and_stops_nothing() -> None:
@@ -166,6 +178,15 @@ def test_numbers_come_from_the_tools_words() -> None:
         parse(usage, "")
 
 
+def test_kernels_are_told_apart_where_they_are_read_together() -> None:
+    launches = [gpu_kernels.product(), gpu_kernels.copy(step=0), gpu_kernels.copy(), gpu_kernels.product(block=128)]
+    together = [kernel.asm["cubin"] for kernel in map(_compile, (specialise(launch, 90) for launch in launches))]
+    found = read(together, 90)
+    assert found == [code for cubin in together for code in read([cubin], 90)]
+    assert [bool(code.tensor) for code in found] == [True, False, False, True]
+    assert [set(code.loads) for code in found[1:3]] == [{16}, {128}]
+
+
 def test_width_follows_the_data() -> None:
     def width(launch: Launch) -> tuple[int, ...]:
         (load,) = compiled(launch).tiles
@@ -222,11 +243,12 @@ def test_scalar_load_is_found() -> None:
     assert not check("a launch", odd, compiled(odd))
 
 
-def test_operand_that_tf32_needs_turned_is_no_finding() -> None:
-    """Hopper's TF32 product reads a weight along C_in only, memory has it along C_out: no wide copy can turn it."""
+@pytest.mark.parametrize(("arch", "tensor"), [(90, "HGMMA"), (100, "UTCHMMA")])
+def test_operand_that_tf32_needs_turned_is_no_finding(arch: int, tensor: str) -> None:
+    """Their TF32 products read a weight along C_in only, memory has it along C_out: no wide copy can turn it."""
     launch = dict(gpu_report.shipped_launches())["scaled_conv2d: U-Net-256 up3 tf32 NHWC"]
-    found = compiled(launch, 90)
-    assert set(found.code.tensor) == {"HGMMA"}
+    found = compiled(launch, arch)
+    assert set(found.code.tensor) == {tensor}
     by_argument = {load.arguments: load for load in found.tiles}
     assert by_argument[("w_ptr",)].turned
     assert by_argument[("w_ptr",)].widths == (32,)
@@ -235,7 +257,7 @@ def test_operand_that_tf32_needs_turned_is_no_finding() -> None:
     assert not check("a launch", launch, found)
     other = dataclasses.replace(found, code=dataclasses.replace(found.code, tensor={"HMMA": 1}))
     assert kinds(launch, other) == {"scalar load"}
-    half = compiled(gpu_kernels.product(), 90)
+    half = compiled(gpu_kernels.product(), arch)
     assert not any(load.turned and load.scalar for load in half.tiles)
 
 
@@ -260,54 +282,6 @@ def test_what_cannot_be_launched_is_found() -> None:
 )
 def test_vector_bits(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, bits: int) -> None:
     assert vector_bits(torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)) == bits
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Architectures and devices
-
-
-@pytest.mark.parametrize(
-    ("arch", "registers", "shared", "warps", "resident"),
-    [
-        # From cudaOccMaxActiveBlocksPerMultiprocessor of CUDA 13.0's cuda_occupancy.h.
-        (80, 32, 0, 8, 64),
-        (80, 33, 0, 8, 48),
-        (80, 255, 0, 8, 8),
-        (80, 64, 100 * 1024, 4, 4),
-        (86, 64, 48 * 1024, 8, 16),
-        (90, 168, 100 * 1024, 8, 8),
-        (75, 64, 32 * 1024, 4, 8),
-        (120, 128, 0, 8, 16),
-        (80, 16, 0, 1, 32),
-        (89, 64, 100 * 1024, 4, 0),
-    ],
-)
-def test_occupancy(arch: int, registers: int, shared: int, warps: int, resident: int) -> None:
-    assert ARCHITECTURES[arch].resident_warps(registers, shared, warps) == resident
-    assert ARCHITECTURES[arch].occupancy(registers, shared, warps) == resident / ARCHITECTURES[arch].warps
-
-
-@pytest.mark.parametrize("found", DEVICES, ids=lambda d: d.name)
-def test_datasheets_agree_with_themselves(found) -> None:
-    # float32: SMs × CUDA cores × 2 × clock, with a clock that GPUs have.
-    cores = {75: 64, 80: 64}.get(found.arch, 128)
-    assert 1.3e9 < found.fp32 / (found.sms * cores * 2) < 2.6e9
-    assert found.half / (found.tf32 or found.fp32 * 8) == pytest.approx(2 if found.tf32 else 1, rel=0.03)
-    assert "https://" in found.source
-    assert found.arch in ARCHITECTURES
-
-
-def test_roofline() -> None:
-    a100 = device("A100")
-    assert a100.roofline(2.039e9, 0, torch.float16) == pytest.approx(1e-3)
-    assert a100.roofline(1, 312e9, torch.bfloat16) == pytest.approx(1e-3)
-    assert a100.roofline(1, 19.5e9, torch.float32) == pytest.approx(1e-3)
-    assert a100.roofline(1, 156e9, torch.float32, tf32=True) == pytest.approx(1e-3)
-    assert device("T4").roofline(1, 1, torch.bfloat16) is None
-    with pytest.raises(ValueError, match=r"dtype must be float16, bfloat16 or float32, got torch\.float64"):
-        a100.peak(torch.float64)
-    with pytest.raises(ValueError, match=r"name must be one of T4, .*, got 'GTX'"):
-        device("GTX")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -469,17 +443,48 @@ def test_architectures_take_turns() -> None:
     ]  # fmt: skip
 
 
+def test_launches_of_a_kind_differ_in_sizes_alone() -> None:
+    product, copy = gpu_kernels.product, gpu_kernels.copy
+    launches = {
+        "first": product(),
+        "other sizes": product(m=1, n=255, k=17),
+        "bfloat16": product(dtype=torch.bfloat16),
+        "warps": product(num_warps=8),
+        "tile": product(block=32),
+        "registers": dataclasses.replace(product(), max_registers=255),
+        "kernel": copy(),
+        "odd address": copy(offset=3),
+    }
+    tiles = [{"BLOCK_H": 2, "BLOCK_W": 8}, {"BLOCK_H": 4, "BLOCK_W": 4}, {"BLOCK_H": 4, "BLOCK_W": 8}]
+    launches |= {f"{t}": dataclasses.replace(copy(), constants=copy().constants | t) for t in tiles}
+    strides = [(1, 64), (1, 32), (64, 1)]
+    launches |= {f"{s}": dataclasses.replace(copy(), arguments=copy().arguments | {"x_strides": s}) for s in strides}
+    launches["none"] = dataclasses.replace(product(), arguments=product().arguments | {"bias_ptr": None})
+    left_out = set(launches) - {label for label, _ in gpu_report.one_of_each(launches.items())}
+    assert left_out == {"other sizes", "odd address", f"{tiles[1]}", f"{strides[1]}"}
+
+
 def test_what_we_ship_has_nothing_to_find() -> None:
     """No spill, tensor cores wherever half types are multiplied, wide loads where the data allow them.
 
-    Every shipped configuration and every layer of the report, on the architectures of CI in turn: each distinct code
-    on one of them, each kernel on both. ``make gpu-report`` compiles all of them for every architecture. What was
-    compiled before comes from Triton's cache, whose keys hold the source of the kernel and of what it calls, the types,
-    constants and options, and the versions; so nothing stale is read.
+    Of the shipped configurations and the layers of the report one of each kind, on the architectures of CI in turn:
+    each on one of them, each kernel on both. Left out is what differs from a kind's first launch in sizes alone, as
+    gpu_report.one_of_each says: a third of the codes. ``make gpu-report`` compiles all of them for every architecture,
+    and the next test holds what it found. What was compiled before comes from Triton's cache, whose keys hold the
+    source of the kernel and of what it calls, the types, constants and options, and the versions; so nothing stale is
+    read.
     """
     archs = gpu_report.CI_ARCHITECTURES
     layers = gpu_report.planned_launches(gpu_report.layer_traffic(report_layers()))
-    code, findings = gpu_report.compile_launches(gpu_report.in_turn([*layers, *gpu_report.shipped_launches()], archs))
+    launches = gpu_report.one_of_each([*layers, *gpu_report.shipped_launches()])
+    code, findings = gpu_report.compile_launches(gpu_report.in_turn(launches, archs))
     kernels = {launch.kernel for _, launch, _, _ in code}
     assert {(launch.kernel, arch) for _, launch, arch, _ in code} == {(k, arch) for k in kernels for arch in archs}
     assert not findings, "\n".join(map(str, findings))
+
+
+def test_committed_report_has_nothing_to_find_where_findings_fail() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "gpu-report.md").read_text()
+    summary = re.findall(r"^\| sm_(\d+) \| \d+ \| (\d+) \| (\d+) \| \d+ \| (\d+) \|$", text, re.MULTILINE)
+    assert [int(arch) for arch, *_ in summary] == list(ARCHITECTURES)
+    assert {tuple(counts) for arch, *counts in summary if int(arch) >= gpu_report.GATED_FROM} == {("0", "0", "0")}

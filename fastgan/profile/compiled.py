@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import inspect
 import multiprocessing
 import os
 import pickle
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,14 +24,13 @@ from typing import Any
 from torch import Tensor
 
 from fastgan.kernels._launch import Launch
-from fastgan.profile import global_loads, machine_code
+from fastgan.profile import global_loads, machine_code, products
 from fastgan.profile.devices import ARCHITECTURES
 from fastgan.profile.global_loads import TileLoad, tile_loads
-from fastgan.profile.machine_code import MachineCode, read
+from fastgan.profile.machine_code import MachineCode
 
 _CACHED = "fastgan-compiled.pickle"
-_DOT = re.compile(r"tt\.dot(?:_scaled)? .* : tensor<[\dx]+x(\w+)[,>]")
-_PRECISION = re.compile(r"inputPrecision = (\w+)")
+_TOGETHER = 8  # codes that a process compiles before it reads them: machine_code.read says why
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def specialise(launch: Launch, arch: int) -> Job:
     reference = Reference.of(kernel)
     backend = make_backend(GPUTarget("cuda", arch, 32))
     arguments = {name: _stand_in(x) for name, x in launch.arguments.items()}
-    keywords = {**arguments, **launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    keywords = {**arguments, **launch.constants, **launch.settings()}
     # What JITFunction.run adds before it binds.
     keywords |= {"debug": bool(kernel.debug), "instrumentation_mode": ""}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -157,8 +156,8 @@ def specialise(launch: Launch, arch: int) -> Job:
 @functools.cache
 def _reader() -> str:
     """A digest of the code that reads what was compiled: with other code, what was read before is read again."""
-    sources = [Path(file).read_bytes() for file in (__file__, global_loads.__file__, machine_code.__file__)]
-    return hashlib.sha256(b"".join(sources)).hexdigest()
+    sources = [inspect.getsource(part) for part in (global_loads, machine_code, products, Compiled, _result)]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
 def _portable(value: Any) -> Any:
@@ -174,50 +173,6 @@ def _restored(value: Any) -> Any:
     return value.load() if isinstance(value, Reference) else value
 
 
-def compile_job(job: Job) -> Compiled:
-    """Compile one job in this process and read the result, or take what was read before from Triton's cache."""
-    from triton.runtime.cache import get_cache_manager
-
-    cache = get_cache_manager(job.key)
-    path = cache.get_file(_CACHED)
-    if path is not None:
-        return pickle.loads(Path(path).read_bytes())
-    compiled = _compile(job)
-    cache.put(pickle.dumps(compiled), _CACHED)
-    return compiled
-
-
-def _compile(job: Job) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {path: _restored(value) for path, value in job.constants.items()}
-    source = ASTSource(job.kernel.load(), dict(job.signature), constants, dict(job.attributes))
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
-    code = read(compiled.asm["cubin"])
-    reserved = ARCHITECTURES[job.arch].shared_reserved
-    # From sm_90 on the code's own shared memory contains the system's part, before it does not.
-    static = max(0, code.static_shared - reserved)
-    return Compiled(
-        kernel=job.kernel.name,
-        arch=job.arch,
-        warps=compiled.metadata.num_warps,
-        shared=compiled.metadata.shared + static,
-        code=code,
-        products=frozenset(_products(compiled.asm["ttir"])),
-        tiles=tuple(tile_loads(compiled.asm["ttgir"], compiled.asm["ptx"])),
-    )
-
-
-def _products(ttir: str) -> Iterable[tuple[str, str]]:
-    for line in ttir.splitlines():
-        product = _DOT.search(line)
-        if product is not None:
-            precision = _PRECISION.search(line)
-            yield product.group(1), precision.group(1) if precision else "ieee"
-
-
 @dataclass(frozen=True)
 class Failure:
     """A job that did not compile: Triton's or ptxas's own words."""
@@ -226,36 +181,95 @@ class Failure:
     arch: int
     message: str
 
+    @staticmethod
+    def of(job: Job, error: Exception) -> Failure:
+        return Failure(job.kernel.name, job.arch, f"{type(error).__name__}: {error}")
+
+
+def compile_jobs(jobs: Sequence[Job]) -> list[Compiled | Failure]:
+    """Compile jobs of one architecture in this process and read the results, or take what was read before from Triton's
+    cache. One failure does not stop the others."""
+    from triton.runtime.cache import get_cache_manager
+
+    found: dict[str, Compiled | Failure] = {}
+    fresh: list[tuple[Job, Any]] = []
+    for job in jobs:
+        path = get_cache_manager(job.key).get_file(_CACHED)
+        if path is not None:
+            found[job.key] = pickle.loads(Path(path).read_bytes())
+            continue
+        try:
+            fresh.append((job, _compile(job)))
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises is this job's result, and is reported
+            found[job.key] = Failure.of(job, error)
+    try:
+        codes = machine_code.read([kernel.asm["cubin"] for _, kernel in fresh], jobs[0].arch) if fresh else []
+    except RuntimeError as error:
+        return [found.get(job.key, Failure.of(job, error)) for job in jobs]
+    for (job, kernel), code in zip(fresh, codes, strict=True):
+        found[job.key] = _result(job, kernel, code)
+        get_cache_manager(job.key).put(pickle.dumps(found[job.key]), _CACHED)
+    return [found[job.key] for job in jobs]
+
+
+def _compile(job: Job) -> Any:
+    """Triton's CompiledKernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {path: _restored(value) for path, value in job.constants.items()}
+    source = ASTSource(job.kernel.load(), dict(job.signature), constants, dict(job.attributes))
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+
+
+def _result(job: Job, kernel: Any, code: MachineCode) -> Compiled:
+    reserved = ARCHITECTURES[job.arch].shared_reserved
+    # From sm_90 on the code's own shared memory contains the system's part, before it does not.
+    static = max(0, code.static_shared - reserved)
+    return Compiled(
+        kernel=job.kernel.name,
+        arch=job.arch,
+        warps=kernel.metadata.num_warps,
+        shared=kernel.metadata.shared + static,
+        code=code,
+        products=frozenset(products.products(kernel.asm["ttir"])),
+        tiles=tuple(tile_loads(kernel.asm["ttgir"], kernel.asm["ptx"])),
+    )
+
 
 def compile_all(
     jobs: Iterable[Job], processes: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Compiled | Failure]:
     """Compile each job once, in parallel processes; key -> what came out. One failure does not stop the others.
 
-    Each result is kept as soon as it is there, so a call that was stopped goes on where it was.
+    Results are kept a few at a time, so a call that was stopped goes on where it was.
 
     Args:
         processes: None takes one for each CPU of this process.
         progress: called with how many distinct jobs are done, and of how many.
     """
     distinct = {job.key: job for job in jobs}
-    processes = min(processes or len(os.sched_getaffinity(0)), len(distinct))
+    batches = _batches(distinct.values())
+    processes = min(processes or len(os.sched_getaffinity(0)), len(batches))
     # Fresh processes: a fork would inherit torch's threads, locks and all.
     context = multiprocessing.get_context("spawn")
     found: dict[str, Compiled | Failure] = {}
     with ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else nullcontext() as pool:
-        results = map(_attempt, distinct.values()) if pool is None else pool.map(_attempt, distinct.values())
-        for key, result in zip(distinct, results, strict=True):
-            found[key] = result
-            progress(len(found), len(distinct))
-    return found
+        results = map(compile_jobs, batches) if pool is None else pool.map(compile_jobs, batches)
+        for batch, batch_results in zip(batches, results, strict=True):
+            for job, result in zip(batch, batch_results, strict=True):
+                found[job.key] = result
+                progress(len(found), len(distinct))
+    return {key: found[key] for key in distinct}
 
 
-def _attempt(job: Job) -> Compiled | Failure:
-    try:
-        return compile_job(job)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler raises is this job's result, and is reported
-        return Failure(job.kernel.name, job.arch, f"{type(error).__name__}: {error}")
+def _batches(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Jobs of one architecture each, _TOGETHER at most."""
+    by_arch: dict[int, list[Job]] = {}
+    for job in jobs:
+        by_arch.setdefault(job.arch, []).append(job)
+    return [group[i : i + _TOGETHER] for group in by_arch.values() for i in range(0, len(group), _TOGETHER)]
 
 
 def vector_bits(tensor: Tensor) -> int:

@@ -86,13 +86,14 @@ def _beyond_cuda_cores(launch: Launch, arch: int) -> bool:
 
 
 def _turned_for_tf32(tile: TileLoad, result: Compiled) -> bool:
-    """Whether a tile is read element by element because Hopper's product of TF32 can take it in no other way.
+    """Whether a tile is read element by element because sm_90's or sm_100's product of TF32 takes it in no other way.
 
-    A warp group reads its operands from shared memory, float32 ones only with the depth of the product along the line
-    (PTX ISA, wgmma.mma_async: only 16-bit types can be transposed). What lies the other way in device memory is turned
-    on its way there, which cp.async does one element at a time; a warp's addresses are neighbours all the same.
+    Both read their operands from shared memory, float32 ones only with the depth of the product along the line (PTX
+    ISA, wgmma.mma_async: only 16-bit types can be transposed; tcgen05.mma: only with a swizzle of 32-byte atoms, which
+    Triton does not have). What lies the other way in device memory is turned on its way there, which cp.async does one
+    element at a time; a warp's addresses are neighbours all the same.
     """
-    return tile.turned and tile.element_bits == 32 and "HGMMA" in result.code.tensor
+    return tile.turned and tile.element_bits == 32 and not {"HGMMA", "UTCHMMA"}.isdisjoint(result.code.tensor)
 
 
 def _loads(launch: Launch, result: Compiled) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import os
 import pkgutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastgan.kernels
 from fastgan.kernels._dot import planning_for
@@ -119,8 +121,32 @@ def compile_launches(
     return list(code.values()), list(findings.values())
 
 
+def one_of_each(launches: Iterable[tuple[str, Launch]]) -> Iterator[tuple[str, Launch]]:
+    """The first launch of each kind: what CI has time for.
+
+    Launches of a kind have the same kernel, constants, warps, stages and registers, the same types of all arguments
+    (None is one), and the same strides are 1. So they differ in sizes: which numbers are 1 or divisible by 16, and how
+    a tile of as many pixels is shaped.
+    """
+    seen = set()
+    for label, launch in launches:
+        constants = dict(launch.constants)
+        pixels = math.prod(constants.pop(name, 1) for name in ("BLOCK_S", "BLOCK_H", "BLOCK_W"))
+        traits = [(name, _trait(name, value)) for name, value in launch.arguments.items()]
+        kind = launch.kernel, repr((traits, sorted(constants.items()), pixels, launch.settings()))
+        if kind not in seen:
+            seen.add(kind)
+            yield label, launch
+
+
+def _trait(name: str, value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_trait(name, part) for part in value)
+    return value.dtype if isinstance(value, Tensor) else (type(value), "stride" in name and value == 1)
+
+
 def in_turn(launches: Iterable[tuple[str, Launch]], archs: Sequence[int]) -> Iterator[tuple[str, Launch, int]]:
-    """Every distinct code for one of the architectures in turn, each kernel for all of them: what CI has time for.
+    """Every distinct code for one of the architectures in turn, each kernel for all of them.
 
     Launches that share their code share its architecture, so that every launch is checked. A kernel with fewer codes
     than there are architectures has its last one compiled for the rest of them.
