@@ -39,10 +39,12 @@ _library = _native.cpu_library() if _enabled() else None
 
 
 def keep(weight: Tensor) -> None:
-    """Have what the CPU convolutions make of ``weight`` kept from one call to the next, if it is a float32 parameter (or
-    a view of one) and no gradient is recorded: Winograd's transform of a weight takes up to a third of a layer's time
-    and 2 to 6 times the weight's memory. It is freed with the parameter. A weight that was written to, in whatever way,
-    is transformed anew: the kernels compare a hash of all its values. Environment: FASTGAN_KEEP_WEIGHTS=0 keeps nothing.
+    """Have what the CPU convolutions make of ``weight`` kept from one call to the next, if it is a float32 parameter
+    (or a view of one) and no gradient is recorded: Winograd's transform of a weight takes up to a third of a layer's
+    time and 2 to 6 times the weight's memory. It is freed with the parameter. A weight that was written to, in whatever
+    way, is transformed anew: the kernels compare a hash of all its values.
+
+    Environment: FASTGAN_KEEP_WEIGHTS=0 keeps nothing.
     """
     if _library is None or weight.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
