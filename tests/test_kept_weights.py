@@ -143,8 +143,8 @@ def write_under_no_grad(weight: nn.Parameter) -> None:
         weight += 0.1
 
 
-# Most leave the tensor's version as it is, and many might undo themselves in a weak hash: signs are single bits, powers of
-# two change the highest ones only, sets of values stay the same.
+# Most leave the version of the tensor as it is, and many might undo themselves in a weak hash: signs are single bits,
+# powers of two change the highest ones only, sets of values stay the same.
 WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
     "optimizer": optimizer_step,
     "copy_": lambda weight: weight.data.copy_(LAYER.parameter(7)),
