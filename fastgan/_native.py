@@ -115,8 +115,9 @@ def cpu_library() -> ctypes.CDLL | None:
         return None
     functions = ctypes.CDLL(str(library.path))
     functions.fastgan_algorithm_calls.argtypes = [ctypes.c_char_p]
-    for function in (functions.fastgan_algorithm_calls, functions.fastgan_kept_bytes):
-        function.restype = ctypes.c_int64
+    functions.fastgan_winograd_calls.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    for name in ("algorithm_calls", "winograd_calls", "kept_bytes"):
+        getattr(functions, f"fastgan_{name}").restype = ctypes.c_int64
     for function in (functions.fastgan_keep_weight, functions.fastgan_forget_weight):
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return functions
@@ -145,6 +146,16 @@ def winograd_calls() -> int:
     Its results have an error bound of their own, which who checks them has to know; 0 without the CPU library.
     """
     return algorithm_calls()["winograd"]
+
+
+# (m, r) of Winograd's F(m x m, r x r) that the CPU library has transforms for.
+WINOGRAD_TILES = ((2, 3), (4, 3), (2, 2), (3, 2), (4, 2))
+
+
+def winograd_tile_calls() -> dict[tuple[int, int], int]:
+    """How many of :func:`winograd_calls` ran with each of WINOGRAD_TILES; all are 0 without the CPU library."""
+    library = cpu_library()
+    return {tile: library.fastgan_winograd_calls(*tile) if library else 0 for tile in WINOGRAD_TILES}
 
 
 def simd_level() -> str:

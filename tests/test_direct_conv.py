@@ -6,17 +6,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_close_to_float64, layouts, max_error
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastgan import ops
+from fastgan._native import WINOGRAD_TILES, winograd_tile_calls
 from fastgan.ops import scaled_conv2d
 from fastgan.reference.activation import ACTIVATIONS
 
@@ -25,7 +26,8 @@ WINOGRAD_BOUND = 1e-5
 
 @dataclass(frozen=True)
 class Call:
-    """x [n, c_in, h, w], a kernel [kh, kw] and the keywords of scaled_conv2d's geometry."""
+    """x [n, c_in, h, w], a kernel [kh, kw] and the keywords of scaled_conv2d's geometry; ``kept``: the weight is a
+    parameter, and no gradient is recorded."""
 
     n: int
     c_in: int
@@ -34,6 +36,7 @@ class Call:
     w: int
     kernel: tuple[int, int]
     options: dict[str, Any] = field(default_factory=dict)
+    kept: bool = False
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Float32 values; the product is of order 1, and its scales spread by 10x, as StyleGAN's styles do."""
@@ -41,9 +44,11 @@ class Call:
         shape = (self.c_in, self.c_out) if self.options.get("transposed") else (self.c_out, self.c_in)
         stride = self.options.get("stride", 1) if self.options.get("transposed") else 1
         per_result = self.c_in * self.kernel[0] * self.kernel[1] / stride**2
+        x = torch.randn(self.n, self.c_in, self.h, self.w, generator=g)
+        weight = torch.randn(*shape, *self.kernel, generator=g) / per_result**0.5
         return {
-            "x": torch.randn(self.n, self.c_in, self.h, self.w, generator=g),
-            "weight": torch.randn(*shape, *self.kernel, generator=g) / per_result**0.5,
+            "x": x,
+            "weight": nn.Parameter(weight) if self.kept else weight,
             "in_scale": 10 ** (torch.rand(self.n, self.c_in, generator=g) - 0.5),
             "out_scale": 10 ** (torch.rand(self.n, self.c_out, generator=g) - 0.5),
         }
@@ -67,28 +72,65 @@ def square(n: int, c_in: int, c_out: int, size: int, kernel: int, stride: int, p
     return Call(n, c_in, c_out, size, size + 1, (kernel, kernel), {"stride": stride, "padding": padding, **options})
 
 
-# Shapes for which csrc/cpu/winograd_conv.cpp's estimate of costs picks Winograd, named after its choice: small tiles
-# where few tiles meet many channels, since transforming the weights costs more than it saves on them.
+def kept(call: Call) -> Call:
+    return replace(call, kept=True)
+
+
+# Shapes for which csrc/cpu/winograd_conv.cpp's estimate of costs picks Winograd, named after its choice, F(m, r): small
+# tiles where few tiles meet many channels, since transforming the weights costs more than it saves on them. Weights
+# that are kept cost less: Winograd then takes smaller maps, and planes or phases that differ in taps.
 WINOGRAD = {
-    "F(2,3) 3x3": square(2, 512, 512, 13, 3, 1, 1),
+    "F(2,3) 3x3": square(2, 256, 256, 16, 3, 1, 1),
+    "F(2,3) 3x3 transposed": square(2, 256, 256, 16, 3, 1, 1, transposed=True),
     "F(4,3) 3x3": square(2, 128, 130, 19, 3, 1, 1),
     "F(4,3) 3x3, padding 0": square(2, 128, 128, 21, 3, 1, 0),
+    "F(4,3) 3x3, more channels than two panels": square(1, 530, 96, 24, 3, 1, 1),
+    "F(4,3) 3x3, lines in two pieces": Call(1, 64, 64, 16, 203, (3, 3), {"padding": 1}),
     "F(4,3) 3x3 transposed": square(2, 128, 128, 19, 3, 1, 1, transposed=True),
+    "F(4,3) 5x5 stride 2": square(2, 128, 128, 48, 5, 2, 2),
+    "F(4,3) 5x5 stride 2 transposed": square(2, 128, 128, 24, 5, 2, 2, transposed=True, output_padding=1),
     "F(4,3) 6x6 stride 2": square(2, 67, 129, 48, 6, 2, 2),
     "F(4,3) 6x6 stride 2 transposed": square(1, 64, 64, 31, 6, 2, 2, transposed=True),
     "F(4,3) 9x9 stride 3": square(3, 67, 129, 55, 9, 3, 4),
     "F(4,3) 9x9 stride 3 transposed": square(1, 64, 64, 30, 9, 3, 4, transposed=True, output_padding=2),
-    "F(2,2) 4x4 stride 2": square(4, 256, 512, 28, 4, 2, 1),
-    "F(3,2) 2x2": square(3, 256, 512, 21, 2, 1, 0),
-    "F(3,2) 4x4": square(1, 128, 512, 27, 4, 1, 1),
-    "F(3,2) 4x4 stride 2": square(2, 128, 512, 36, 4, 2, 1),
-    "F(3,2) 4x4 stride 2 transposed": square(2, 256, 256, 18, 4, 2, 0, transposed=True, output_padding=1),
+    "F(2,2) 4x4": square(2, 128, 256, 20, 4, 1, 1),
+    "F(2,2) 4x4 stride 2": square(2, 128, 256, 40, 4, 2, 1),
+    "F(2,2) 4x4 stride 2 transposed": square(2, 256, 256, 21, 4, 2, 1, transposed=True),
+    "F(2,2) 6x6 stride 3": square(2, 128, 128, 60, 6, 3, 2),
+    "F(3,2) 2x2": square(2, 256, 256, 24, 2, 1, 0),
+    "F(3,2) 4x4": square(2, 128, 256, 24, 4, 1, 1),
+    "F(3,2) 4x4 transposed": square(2, 128, 128, 24, 4, 1, 1, transposed=True),
+    "F(3,2) 4x4 stride 2": square(2, 128, 128, 48, 4, 2, 1),
+    "F(3,2) 4x4 stride 2 transposed": square(2, 128, 128, 24, 4, 2, 0, transposed=True, output_padding=1),
     "F(3,2) 8x8 stride 2 transposed": square(1, 67, 129, 40, 8, 2, 3, transposed=True),
-    "F(4,2) 2x2": square(1, 256, 512, 32, 2, 1, 0),
-    "F(4,2) 4x4 transposed": square(4, 128, 512, 14, 4, 1, 1, transposed=True),
-    "F(4,2) 4x4 stride 2": square(3, 128, 512, 32, 4, 2, 1),
+    "F(4,2) 2x2": square(2, 128, 128, 32, 2, 1, 0),
+    "F(4,2) 4x4 stride 2": square(2, 128, 128, 56, 4, 2, 1),
     "F(4,2) 4x4 stride 2 transposed": square(2, 128, 128, 33, 4, 2, 0, transposed=True, output_padding=1),
-    "F(4,2) 6x6 stride 3 transposed": square(2, 128, 128, 34, 6, 3, 2, transposed=True, output_padding=1),
+    "F(4,2) 6x6 stride 3 transposed": square(2, 128, 128, 26, 6, 3, 2, transposed=True),
+}
+WINOGRAD |= {
+    f"{name}, kept": kept(call)
+    for name, call in {
+        "F(4,3) 3x3, many samples of a few tiles": Call(16, 250, 256, 4, 8, (3, 3), {"padding": 1}),
+        "F(4,3) 3x3, fewer blocks than threads": Call(1, 256, 256, 4, 40, (3, 3), {"padding": 1}),
+        "F(4,3) 5x5 stride 2": square(2, 131, 129, 24, 5, 2, 3),
+        "F(4,3) 7x7 stride 3": square(2, 128, 128, 32, 7, 3, 3),
+        "F(3,2) 4x4 stride 2 transposed": square(2, 256, 256, 12, 4, 2, 1, transposed=True),
+        "F(4,2) 3x3 stride 2": square(2, 256, 256, 47, 3, 2, 1),
+        "F(4,2) 3x3 stride 2 transposed, padding 0": Call(
+            2, 256, 256, 27, 31, (3, 3), {"stride": 2, "transposed": True}
+        ),
+        "F(4,2) 3x3 stride 2 transposed, padding 1": Call(
+            2, 256, 256, 28, 32, (3, 3), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}
+        ),
+        "F(4,2) 3x3 stride 2 transposed, padding 2": Call(
+            2, 256, 256, 29, 33, (3, 3), {"stride": 2, "padding": 2, "transposed": True}
+        ),
+        "F(4,2) 4x4 transposed": square(2, 128, 128, 24, 4, 1, 1, transposed=True),
+        "F(4,2) 4x4 stride 2": square(2, 67, 129, 48, 4, 2, 1),
+        "F(4,2) 4x4 stride 2 transposed": square(1, 70, 128, 40, 4, 2, 1, transposed=True),
+        "F(4,2) 8x8 stride 2": square(1, 67, 128, 48, 8, 2, 3),
+    }.items()
 }
 
 # Few channels on one side, or a large transposed 3x3 of stride 2.
@@ -139,7 +181,8 @@ ALL = WINOGRAD | DIRECT | UNFOLDED
 
 
 def run(call: Call, inputs: dict[str, Tensor], epilogue: ops.Epilogue | None = None, backend: str = "cpp") -> Tensor:
-    return scaled_conv2d(**inputs, **call.options, epilogue=epilogue or ops.Epilogue(), backend=backend)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not call.kept):
+        return scaled_conv2d(**inputs, **call.options, epilogue=epilogue or ops.Epilogue(), backend=backend)
 
 
 def runs_torch(call: Call, inputs: dict[str, Tensor]) -> bool:
@@ -164,11 +207,11 @@ def check(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_values_against_float64(name):
-    """Also that torch's convolution is not called, and the same bits for any number of threads."""
+    """Also that the algorithm is the one that is meant, and the same bits for any number of threads."""
     call, inputs = ALL[name], ALL[name].inputs()
     exact = run(call, doubled(inputs), backend="reference")
     assert exact.shape[2:] == call.sizes()
-    threads, results = torch.get_num_threads(), []
+    threads, results, before = torch.get_num_threads(), [], winograd_tile_calls()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -178,7 +221,21 @@ def test_values_against_float64(name):
     check(name, results[0], run(call, inputs, backend="reference"), exact)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    ran = {tile: count - before[tile] for tile, count in winograd_tile_calls().items() if count > before[tile]}
+    assert ran == ({(int(name[2]), int(name[4])): 3} if name in WINOGRAD else {})
     assert not runs_torch(call, inputs)
+
+
+def test_every_tile_of_winograd_is_tested():
+    assert {(int(name[2]), int(name[4])) for name in WINOGRAD} == set(WINOGRAD_TILES)
+
+
+@pytest.mark.parametrize("name", ["F(4,3) 3x3", "F(4,2) 4x4 stride 2 transposed, kept"])
+def test_a_batch_of_nothing(name):
+    call, inputs = ALL[name], ALL[name].inputs()
+    for key in ("x", "in_scale", "out_scale"):
+        inputs[key] = inputs[key][:0]
+    assert run(call, inputs).shape == (0, call.c_out, *call.sizes())
 
 
 @pytest.mark.parametrize(

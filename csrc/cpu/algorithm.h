@@ -2,6 +2,8 @@
 // see it.
 #pragma once
 
+#include <cstdint>
+
 namespace fastgan {
 
 enum class Algorithm {
@@ -18,5 +20,8 @@ enum class Algorithm {
 
 // One more call, in whichever thread.
 void count_call(Algorithm algorithm);
+
+// One more call of kWinograd that ran with F(m x m, r x r).
+void count_winograd(int64_t m, int64_t r);
 
 }  // namespace fastgan

@@ -21,29 +21,38 @@ std::mutex mutex;
 std::unordered_map<const float*, Kept> kept;
 
 constexpr int64_t kLanes = 64, kBlock = 1 << 14;
+constexpr uint32_t kStart = 2166136261u, kFactor = 2654435761u;
+constexpr uint64_t kWideStart = 14695981039346656037u, kWideFactor = 11400714819323198485u;
 
-// FNV-1a over every 64th value, in 64 independent lanes.
+// A product alone carries nothing downwards: a sign, its highest bit, would stay there, and a second sign undo the
+// first.
+FASTGAN_INLINE uint32_t mixed(uint32_t hash, uint32_t value) {
+  const uint32_t product = (hash ^ value) * kFactor;
+  return product ^ (product >> 15);
+}
+uint64_t mixed_wide(uint64_t hash, uint64_t value) {
+  const uint64_t product = (hash ^ value) * kWideFactor;
+  return product ^ (product >> 32);
+}
+
+FASTGAN_INLINE uint32_t bits_of(const float* value) {
+  uint32_t bits;
+  std::memcpy(&bits, value, sizeof bits);
+  return bits;
+}
+
+// Every 64th value in one of 64 independent lanes.
 FASTGAN_MULTIVERSION uint64_t hash_block(const float* values, int64_t count) {
   std::array<uint32_t, kLanes> lanes;
-  lanes.fill(2166136261u);
-  constexpr uint32_t kPrime = 16777619u;
-  const auto* const bytes = reinterpret_cast<const char*>(values);
+  lanes.fill(kStart);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
 #pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      uint32_t bits;
-      std::memcpy(&bits, bytes + (i + l) * sizeof(float), sizeof bits);
-      lanes[l] = (lanes[l] ^ bits) * kPrime;
-    }
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = mixed(lanes[l], bits_of(values + i + l));
   }
-  for (int64_t l = 0; i < count; ++i, ++l) {
-    uint32_t bits;
-    std::memcpy(&bits, bytes + i * sizeof(float), sizeof bits);
-    lanes[l] = (lanes[l] ^ bits) * kPrime;
-  }
-  uint64_t hash = 14695981039346656037u;
-  for (const uint32_t lane : lanes) hash = (hash ^ lane) * 1099511628211u;
+  for (int64_t l = 0; i < count; ++i, ++l) lanes[l] = mixed(lanes[l], bits_of(values + i));
+  uint64_t hash = kWideStart;
+  for (const uint32_t lane : lanes) hash = mixed_wide(hash, lane);
   return hash;
 }
 
@@ -55,8 +64,8 @@ uint64_t hash_of(const float* values, int64_t count) {
       hashes[b] = hash_block(values + b * kBlock, std::min(kBlock, count - b * kBlock));
     }
   });
-  uint64_t hash = 14695981039346656037u;
-  for (const uint64_t block : hashes) hash = (hash ^ block) * 1099511628211u;
+  uint64_t hash = kWideStart;
+  for (const uint64_t block : hashes) hash = mixed_wide(hash, block);
   return hash;
 }
 

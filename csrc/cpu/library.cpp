@@ -17,6 +17,9 @@ constexpr std::array<std::string_view, 9> kAlgorithms{
 static_assert(kAlgorithms.size() == static_cast<size_t>(Algorithm::kTorchWeightGrad) + 1);
 std::array<std::atomic<int64_t>, kAlgorithms.size()> calls_of;
 
+constexpr int64_t kMostResults = 4, kMostTaps = 3;
+std::array<std::array<std::atomic<int64_t>, kMostTaps + 1>, kMostResults + 1> winograd_calls_of;
+
 // y[i] = x[i] + i for a contiguous float32 x: a wrong index, a skipped element or a stale library all show.
 Tensor probe(const Tensor& x) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "_probe: x must be contiguous float32");
@@ -37,6 +40,8 @@ void count_call(Algorithm algorithm) {
   calls_of[static_cast<size_t>(algorithm)].fetch_add(1, std::memory_order_relaxed);
 }
 
+void count_winograd(int64_t m, int64_t r) { winograd_calls_of[m][r].fetch_add(1, std::memory_order_relaxed); }
+
 }  // namespace fastgan
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("_probe", TORCH_BOX(&fastgan::probe)); }
@@ -48,6 +53,12 @@ extern "C" __attribute__((visibility("default"))) int64_t fastgan_algorithm_call
     if (fastgan::kAlgorithms[i] == name) return fastgan::calls_of[i].load(std::memory_order_relaxed);
   }
   return -1;
+}
+
+// How many of Winograd's calls ran with F(m x m, r x r); -1 for sizes beyond the largest.
+extern "C" __attribute__((visibility("default"))) int64_t fastgan_winograd_calls(int64_t m, int64_t r) {
+  if (m < 0 || m > fastgan::kMostResults || r < 0 || r > fastgan::kMostTaps) return -1;
+  return fastgan::winograd_calls_of[m][r].load(std::memory_order_relaxed);
 }
 
 #if defined(FASTGAN_SANITIZE)

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "algorithm.h"
 #include "channel_patch.h"
 #include "kept_weights.h"
 #include "product.h"
@@ -44,9 +45,19 @@ class WinogradWeights {
         part_depth_(part_depth(conv, plan)),
         depth_(part_depth_ * static_cast<int64_t>(plan.parts.size())),
         size_(depth_ * together * slab_ + kLine) {
-    const std::vector<int64_t> key{plan.m,         together,       phases_,         g.transposed,
-                                   g.stride[0],    g.padding[0],   g.padding[1],    weight.size(0),
-                                   weight.size(1), weight.size(2), weight.stride(0)};
+    // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.
+    const std::vector<int64_t> key{plan.m,
+                                   together,
+                                   std::min(conv.out_stride, conv.h_out),
+                                   std::min(conv.out_stride, conv.w_out),
+                                   g.transposed,
+                                   g.stride[0],
+                                   g.padding[0],
+                                   g.padding[1],
+                                   weight.size(0),
+                                   weight.size(1),
+                                   weight.size(2),
+                                   weight.stride(0)};
     data_ = made_of(weight.const_data_ptr<float>(), weight.numel(), key, [&] { return transformed(weight, g); });
   }
 
@@ -213,6 +224,7 @@ class Call {
 };
 
 void Call::run(const ScaledImage& x, const PlanarResult& result) const {
+  count_winograd(plan_.m, plan_.r);
   const int64_t all_lines = conv_.n * plan_.tiles_h, slabs = ceil_div(conv_.c_out, slab_);
   const int64_t line_blocks = ceil_div(all_lines, blocking_.lines),
                 column_blocks = ceil_div(plan_.tiles_w, blocking_.columns);

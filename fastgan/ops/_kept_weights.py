@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fastgan import _native
 
-# parameter's id -> (the parameter, the address of its values): what the C++ side was told.
-_kept: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+@dataclass
+class _Known:
+    """What the C++ side was told of one parameter."""
+
+    owner: weakref.ref[Tensor]
+    address: int  # of the parameter's values
+    weights: set[int] = field(default_factory=set)  # addresses of it, or of views of it
+
+
+# id of a parameter -> what is known of it. Parameters may die, and be collected, in the midst of anything: the lock is
+# one that its own thread may take again.
+_kept: dict[int, _Known] = {}
+_lock = threading.RLock()
 
 
 def _enabled() -> bool:
@@ -25,25 +39,27 @@ _library = _native.cpu_library() if _enabled() else None
 
 
 def keep(weight: Tensor) -> None:
-    """Have what the CPU convolutions make of ``weight`` kept from one call to the next, if it is a float32 parameter, or
-    a view of one, and no gradient is recorded.
+    """Have what the CPU convolutions make of ``weight`` kept from one call to the next, if it is a float32 parameter
+    (or a view of one) and no gradient is recorded: Winograd's transform of a weight takes up to a third of a layer's
+    time and 2 to 6 times the weight's memory. It is freed with the parameter. A weight that was written to, in whatever
+    way, is transformed anew: the kernels compare a hash of all its values.
 
-    Winograd's transform of a weight takes up to a third of a layer's time and 2 to 6 times the weight's memory. It is
-    freed with the parameter. A weight that was written to, in whatever way, is transformed anew: the kernels compare a
-    hash of all its values. Environment: FASTGAN_KEEP_WEIGHTS=0 keeps nothing.
+    Environment: FASTGAN_KEEP_WEIGHTS=0 keeps nothing.
     """
     if _library is None or weight.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     owner = weight if weight._base is None else weight._base
     if type(owner) is not nn.Parameter:
         return
-    pointer, key = weight.data_ptr(), id(owner)
-    known = _kept.get(key)
-    if known is None or known[1] != pointer:
-        if known is not None:
-            _library.fastgan_forget_weight(known[1])
-        _kept[key] = weakref.ref(owner, lambda _: _forget(key)), pointer
-    _library.fastgan_keep_weight(pointer)
+    address, pointer = owner.data_ptr(), weight.data_ptr()
+    with _lock:
+        known = _kept.get(id(owner))
+        if known is None or known.owner() is not owner or known.address != address:
+            _forget(id(owner))
+            known = _kept[id(owner)] = _Known(weakref.ref(owner, _when_gone(id(owner))), address)
+        known.weights.add(pointer)
+        # Even if it is known: the kernels forget a weight that was written to.
+        _library.fastgan_keep_weight(pointer)
 
 
 def kept_bytes() -> int:
@@ -51,5 +67,16 @@ def kept_bytes() -> int:
     return 0 if _library is None else _library.fastgan_kept_bytes()
 
 
+def _when_gone(key: int):
+    def forget(owner: weakref.ref[Tensor]) -> None:
+        with _lock:
+            if key in _kept and _kept[key].owner is owner:
+                _forget(key)
+
+    return forget
+
+
 def _forget(key: int) -> None:
-    _library.fastgan_forget_weight(_kept.pop(key)[1])
+    known = _kept.pop(key, None)
+    for pointer in known.weights if known is not None else ():
+        _library.fastgan_forget_weight(pointer)
