@@ -9,7 +9,7 @@ namespace {
 
 // ---- rows of weights times a stretch of the image
 
-template <typename V, int kRows, int kVectors>
+template <typename V, int kRows, int kVectors, bool kFetch>
 FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
   const float* starts[kVectors];
   FASTGAN_UNROLL
@@ -17,11 +17,9 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
   const float* __restrict__ weights = p.weights;
   const int32_t* __restrict__ offsets = p.offsets;
   V sums[kRows][kVectors] = {};
-  // Panels lie behind each other; this one's products take longer than fetching the next from the third-level cache.
-  const float* const next = weights + kPanelRows * kPanelStride;
   for (int64_t k = 0, depth = p.depth; k < depth; ++k) {
     const int64_t offset = offsets[k];
-    __builtin_prefetch(next + k * kPanelRows);
+    if constexpr (kFetch) __builtin_prefetch(p.next + k * kPanelRows);
     V pixels[kVectors];
     FASTGAN_UNROLL
     for (int v = 0; v < kVectors; ++v) pixels[v] = load<V>(starts[v] + offset);
@@ -43,11 +41,11 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
 }
 
 // kVectors x kRows sums: as many as the registers hold beside their operands.
-template <typename V, int kRows, int kVectors>
+template <typename V, int kRows, int kVectors, bool kFetch = false>
 FASTGAN_INLINE void panel(const PanelProducts& p) {
   int64_t v = 0;
-  for (; v + kVectors <= p.vectors; v += kVectors) panel_tile<V, kRows, kVectors>(p, v);
-  for (; v < p.vectors; ++v) panel_tile<V, kRows, 1>(p, v);
+  for (; v + kVectors <= p.vectors; v += kVectors) panel_tile<V, kRows, kVectors, kFetch>(p, v);
+  for (; v < p.vectors; ++v) panel_tile<V, kRows, 1, false>(p, v);
 }
 
 template <typename V, int kWide>
@@ -64,7 +62,7 @@ FASTGAN_INLINE void any_panel(const PanelProducts& p) {
     case 5:
       return panel<V, 5, 2 * kWide>(p);
     default:
-      return panel<V, kPanelRows, 2 * kWide>(p);
+      return p.next ? panel<V, kPanelRows, 2 * kWide, true>(p) : panel<V, kPanelRows, 2 * kWide>(p);
   }
 }
 

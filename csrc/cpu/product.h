@@ -30,7 +30,8 @@ struct PanelProducts {
   int64_t vectors;
   float* sums;
   int64_t sums_stride;
-  bool overwrite;  // = instead of +=
+  bool overwrite;               // = instead of +=
+  const float* next = nullptr;  // of kPanelRows rows: a panel to fetch from further caches meanwhile
 };
 void panel_products(const PanelProducts& p);
 

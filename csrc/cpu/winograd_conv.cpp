@@ -312,7 +312,8 @@ void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffe
                             .vectors = std::min(together, slabs - slab) * vectors,
                             .sums = sums + tile * sum_row() + slab * slab_,
                             .sums_stride = sum_row(),
-                            .overwrite = first == 0});
+                            .overwrite = first == 0,
+                            .next = from + (tile + kPanelRows) * kPanelStride});
           }
         }
       }
