@@ -128,7 +128,7 @@ WINOGRAD |= {
         ),
         "F(4,2) 4x4 transposed": square(2, 128, 128, 24, 4, 1, 1, transposed=True),
         "F(4,2) 4x4 stride 2": square(2, 67, 129, 48, 4, 2, 1),
-        "F(4,2) 4x4 stride 2 transposed": square(1, 70, 128, 40, 4, 2, 1, transposed=True),
+        "F(4,2) 4x4 stride 2 transposed": square(1, 90, 256, 43, 4, 2, 1, transposed=True),
         "F(4,2) 8x8 stride 2": square(1, 67, 128, 48, 8, 2, 3),
     }.items()
 }
