@@ -72,11 +72,11 @@ class WinogradWeights {
            slab % together_ * count * slab_;
   }
 
-  int64_t kernel_size() const { return conv_.taps * kGroup; }
+  int64_t kernel_size() const { return (conv_.taps + 1) * kGroup; }
   LargeBuffer transformed(const Tensor& weight, const ConvGeometry& g) const;
 
   // Those of kGroup output channels from `place` on of a slab, and of input channels [first, first + count), from
-  // their kernels [count, taps, kGroup].
+  // their kernels [count, taps + 1, kGroup].
   void transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
                        float* to) const;
 
@@ -94,7 +94,7 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
   constexpr int64_t kChannels = 16;
   const std::vector<float> ones(kGroup, 1.0f);
   torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> kernels(kChannels * kernel_size());
+    std::vector<float> kernels(kChannels * kernel_size());  // a tap of zeros behind each
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slab = task / groups, place = task % groups * kGroup, o = slab * slab_ + place;
       for (int64_t first = 0; first < part_depth_; first += kChannels) {

@@ -16,8 +16,8 @@ std::vector<Tap> taps_of(const Phase& phase, int64_t plane) {
 }  // namespace
 
 int64_t taps_per_axis(const ConvPlan& conv, int64_t kernel) {
-  const int64_t strides = conv.input.stride * conv.out_stride, taps = kernel / strides;
-  return kernel % strides == 0 && taps >= 2 && taps <= 4 ? taps : 0;
+  const int64_t taps = ceil_div(kernel, conv.input.stride * conv.out_stride);
+  return taps >= 2 && taps <= 4 ? taps : 0;
 }
 
 WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile)
@@ -41,13 +41,14 @@ WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile)
   int64_t extra_y = 0, extra_x = 0;
   for (const Phase& phase : conv.phases) {
     PhaseTaps found;
-    const auto first = taps_of(phase, 0);
-    found.shift_y = starts[0].dy - std::ranges::min(first, {}, &Tap::dy).dy;
-    found.shift_x = starts[0].dx - std::ranges::min(first, {}, &Tap::dx).dx;
+    const auto [top, bottom] = std::ranges::minmax(taps_of(phase, 0), {}, &Tap::dy);
+    const auto [left, right] = std::ranges::minmax(taps_of(phase, 0), {}, &Tap::dx);
+    found.shift_y = bottom.dy - starts[0].dy < per_axis ? 0 : starts[0].dy - top.dy;
+    found.shift_x = right.dx - starts[0].dx < per_axis ? 0 : starts[0].dx - left.dx;
     extra_y = std::max(extra_y, -found.shift_y);
     extra_x = std::max(extra_x, -found.shift_x);
     for (const Tap& start : starts) {
-      auto& indices = found.of_part.emplace_back(r * r);
+      auto& indices = found.of_part.emplace_back(r * r, conv.taps);
       for (const Tap& tap : taps_of(phase, start.plane)) {
         const int64_t i = tap.dy + found.shift_y - start.dy, j = tap.dx + found.shift_x - start.dx;
         if (i >= 0 && i < r && j >= 0 && j < r) indices[i * r + j] = tap.weight;

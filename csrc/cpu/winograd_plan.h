@@ -12,7 +12,8 @@ struct WinogradPlan {
   struct Part {
     int64_t y, x;
   };
-  // Per part the kernel index of each of its r^2 taps, and how far the phase's first tile starts before 0.
+  // Per part the kernel index of each of its r^2 taps, the number of taps for one that the kernel does not have; and
+  // how far the phase's first tile starts before 0, not positive.
   struct PhaseTaps {
     std::vector<std::vector<int64_t>> of_part;
     int64_t shift_y, shift_x;
@@ -30,7 +31,8 @@ struct WinogradPlan {
   WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile);
 };
 
-// Taps of every plane and phase, each way: 2, 3 or 4; 0 where they are not the same or others.
+// The most taps of a plane and phase, each way: 2, 3 or 4, else 0. Those with fewer, of a 3x3 kernel of stride 2, have
+// zeros for the others.
 int64_t taps_per_axis(const ConvPlan& conv, int64_t kernel);
 
 }  // namespace fastgan
