@@ -24,7 +24,7 @@ OPS = (
     *("bias_act", "direct_conv", "direct_weight_grad", "feature_matching_loss", "few_pixels", "fused_bias_act"),
     *("minibatch_stddev", "modulated_conv2d", "modulated_conv2d_module", "norm_act", "norm_act_kernel", "patch_loss"),
     *("pixel_norm", "scaled_conv2d", "spectral_sigma", "upfirdn2d", "vector_math", "weight_energy"),
-    "weight_energy_cache",
+    *("kept_weights", "weight_energy_cache"),
 )
 # The exit status of a process that a report ended; pytest's own are 0 to 5.
 REPORTED = 86
