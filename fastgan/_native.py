@@ -118,6 +118,7 @@ def cpu_library() -> ctypes.CDLL | None:
     functions.fastgan_winograd_calls.argtypes = [ctypes.c_int64, ctypes.c_int64]
     for name in ("algorithm_calls", "winograd_calls", "kept_bytes"):
         getattr(functions, f"fastgan_{name}").restype = ctypes.c_int64
+    functions.fastgan_simd_level.restype = ctypes.c_char_p
     for function in (functions.fastgan_keep_weight, functions.fastgan_forget_weight):
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return functions
@@ -164,12 +165,10 @@ def simd_level() -> str:
     Raises:
         RuntimeError: the CPU library is not loaded.
     """
-    library = load()["cpu"]
-    if library.reason is not None:
-        raise RuntimeError(f"the CPU library is not loaded: {library.reason}")
-    function = ctypes.CDLL(str(library.path)).fastgan_simd_level
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    library = cpu_library()
+    if library is None:
+        raise RuntimeError(f"the CPU library is not loaded: {load()['cpu'].reason}")
+    return library.fastgan_simd_level().decode()
 
 
 def probe(device: torch.device | str) -> bool:

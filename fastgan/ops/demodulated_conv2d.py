@@ -63,7 +63,7 @@ def demodulated_conv2d(
     pointwise = (e.act, *resolve(e.act, e.alpha, e.gain), e.clamp, float(e.residual_gain))
     tensors = kernel_tensors(x, None, None, e)[2:]
     scales = (style, in_scale, contiguous(energy.energy, wide), contiguous(energy.peak, wide))
-    if not x.is_cuda:
+    if x.device.type == "cpu":
         keep(weight)
     y = _op(
         x, weight, *scales, prenormalize, float(eps), d_gain, *tensors, (stride, stride), (top, left), transposed,

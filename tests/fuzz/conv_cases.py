@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from oracle import Case, Named, check, random
-from pointwise import BATCHES, DTYPES, THREADS, X_LAYOUTS, Pointwise, laid_out, orders, pointwise, wide
+from oracle import Named, check, random
+from pointwise import BATCHES, DTYPES, THREADS, X_LAYOUTS, EpilogueCase, Pointwise, laid_out, orders, pointwise, wide
 from torch import Tensor
 
 from fastgan import ops
@@ -20,7 +20,7 @@ SCALES = st.sampled_from([None, "NC", "NC", "1C", "C", "11", ""])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvCase(Case):
+class ConvCase(EpilogueCase):
     """scaled_conv2d of x [n, c_in, h, w]; pairs are (h, w), padding is (left, right, top, bottom)."""
 
     n: int
@@ -38,7 +38,6 @@ class ConvCase(Case):
     groups: int = 1
     in_scale: str | None = None  # the letters of its shape: NC, 1C, C, 11 or "" for 0-dim
     out_scale: str | None = None
-    epilogue: Pointwise = field(default_factory=Pointwise)
     x_layout: str = "contiguous"
     weight_layout: str = "contiguous"
 
@@ -80,10 +79,6 @@ class ConvCase(Case):
     def call(self, tensors: Named, backend: str) -> Tensor:
         linear = {name: tensors[name] for name in ("x", "weight", "in_scale", "out_scale") if name in tensors}
         return ops.scaled_conv2d(**linear, **self.options(), epilogue=self.epilogue.build(tensors), backend=backend)
-
-    def kinks(self, tensors: Named) -> list[Tensor]:
-        z = replace(self, epilogue=self.epilogue.before()).call(tensors, "reference")
-        return self.epilogue.kinks(z, self.order)
 
 
 def draw_conv(

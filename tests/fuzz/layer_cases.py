@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pointwise import (
     SMOOTH,
     THREADS,
     X_LAYOUTS,
+    EpilogueCase,
     Pointwise,
     around,
     laid_out,
@@ -54,7 +55,7 @@ def common(draw: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModulatedCase(Case):
+class ModulatedCase(EpilogueCase):
     """modulated_conv2d of x [n, c_in, h, w]; padding is (left, right, top, bottom)."""
 
     n: int
@@ -66,7 +67,6 @@ class ModulatedCase(Case):
     options: dict[str, Any]
     input_gain: str | float | None = None  # the letters of its shape, C or NC, or the number
     taps: int = 0  # of the resampling filter
-    epilogue: Pointwise = field(default_factory=Pointwise)
     x_layout: str = "contiguous"
 
     def inputs(self) -> Named:
@@ -107,10 +107,6 @@ class ModulatedCase(Case):
             backend=backend,
         )
 
-    def kinks(self, tensors: Named) -> list[Tensor]:
-        z = replace(self, epilogue=self.epilogue.before()).call(tensors, "reference")
-        return self.epilogue.kinks(z, self.order)
-
 
 @st.composite
 def modulated_cases(draw: Any) -> ModulatedCase:
@@ -143,7 +139,7 @@ def modulated_cases(draw: Any) -> ModulatedCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterCase(Case):
+class FilterCase(EpilogueCase):
     """upfirdn2d of x [n, c, h, w]; factors are (x, y), padding is (left, right, top, bottom)."""
 
     shape: tuple[int, int, int, int]
@@ -153,7 +149,6 @@ class FilterCase(Case):
     padding: tuple[int, int, int, int]
     flip: bool = False
     gain: float = 1.0
-    epilogue: Pointwise = field(default_factory=Pointwise)
     x_layout: str = "contiguous"
 
     def sizes(self) -> tuple[int, int]:
@@ -181,10 +176,6 @@ class FilterCase(Case):
             epilogue=self.epilogue.build(tensors),
             backend=backend,
         )
-
-    def kinks(self, tensors: Named) -> list[Tensor]:
-        z = replace(self, epilogue=self.epilogue.before()).call(tensors, "reference")
-        return self.epilogue.kinks(z, self.order)
 
 
 @st.composite

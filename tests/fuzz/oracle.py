@@ -7,6 +7,7 @@ A case is a frozen dataclass whose repr is the call: what hypothesis prints for 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ cases_run: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(ABC):
     """One call of an op."""
 
     dtype: torch.dtype = torch.float32
@@ -45,13 +46,13 @@ class Case:
     order: int = 1  # 0: the value; 1: gradients too; 2: and those of the gradients
     seed: int = 0
 
+    @abstractmethod
     def inputs(self) -> Named:
         """The tensors that gradients are for, in the case's dtype and layouts; the same at every call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call(self, tensors: Named, backend: str) -> Tensor | tuple[Tensor, ...]:
         """The op; of several results the first is differentiated."""
-        raise NotImplementedError
 
     def kinks(self, tensors: Named) -> list[Tensor]:
         """From float64 tensors: values that are zero where the op's slope jumps; see :func:`near_kink`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from helpers import layouts
 from hypothesis import strategies as st
-from oracle import KINKS, KINKS_OF_ORDER_2, Named, random
+from oracle import KINKS, KINKS_OF_ORDER_2, Case, Named, random
 from torch import Tensor
 
 from fastgan import ops
@@ -92,6 +92,17 @@ class Pointwise:
             alpha, gain = resolve(self.act, None, self.gain)
             found.append((ACTIVATIONS[self.act].function(z, alpha) * gain).abs() - self.clamp)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpilogueCase(Case):
+    """A call of an op that ends in an epilogue."""
+
+    epilogue: Pointwise = field(default_factory=Pointwise)
+
+    def kinks(self, tensors: Named) -> list[Tensor]:
+        z = replace(self, epilogue=self.epilogue.before()).call(tensors, "reference")
+        return self.epilogue.kinks(z, self.order)
 
 
 def pointwise(draw: Any, results: int, dtype: torch.dtype) -> Pointwise:
