@@ -150,7 +150,7 @@ def winograd_calls() -> int:
 
 
 # (m, r) of Winograd's F(m x m, r x r) that the CPU library has transforms for.
-WINOGRAD_TILES = ((2, 3), (4, 3), (2, 2), (3, 2), (4, 2))
+WINOGRAD_TILES = ((2, 3), (4, 3), (2, 2), (3, 2))
 
 
 def winograd_tile_calls() -> dict[tuple[int, int], int]:

@@ -9,6 +9,19 @@ namespace {
 
 // ---- rows of weights times a stretch of the image
 
+template <typename V, int kRows, int kVectors>
+FASTGAN_INLINE void multiply_row(const float* weights, const float* const (&starts)[kVectors], int64_t offset,
+                                 V (&sums)[kRows][kVectors]) {
+  V pixels[kVectors];
+  FASTGAN_UNROLL
+  for (int v = 0; v < kVectors; ++v) pixels[v] = load<V>(starts[v] + offset);
+  FASTGAN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[r * kPanelStride] * pixels[v];
+  }
+}
+
 template <typename V, int kRows, int kVectors, bool kFetch>
 FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
   const float* starts[kVectors];
@@ -17,16 +30,14 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
   const float* __restrict__ weights = p.weights;
   const int32_t* __restrict__ offsets = p.offsets;
   V sums[kRows][kVectors] = {};
-  for (int64_t k = 0, depth = p.depth; k < depth; ++k) {
-    const int64_t offset = offsets[k];
-    if constexpr (kFetch) __builtin_prefetch(p.next + k * kPanelRows);
-    V pixels[kVectors];
-    FASTGAN_UNROLL
-    for (int v = 0; v < kVectors; ++v) pixels[v] = load<V>(starts[v] + offset);
-    FASTGAN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FASTGAN_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[r * kPanelStride + k] * pixels[v];
+  if (offsets) {
+    for (int64_t k = 0, depth = p.depth; k < depth; ++k) multiply_row(weights + k, starts, offsets[k], sums);
+  } else {
+    const int64_t step = p.step;
+#pragma GCC unroll 2
+    for (int64_t k = 0, depth = p.depth; k < depth; ++k) {
+      if constexpr (kFetch) __builtin_prefetch(p.next + k * kPanelRows);
+      multiply_row(weights + k, starts, k * step, sums);
     }
   }
   FASTGAN_UNROLL

@@ -60,16 +60,16 @@ struct Filter<3, 2> {
   static constexpr Matrix<4, 4> b{{{-1, 0, 1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, -1, 0, 1}}};
 };
 
-// Points 0, 1, -1, -1/2.
-template <>
-struct Filter<4, 2> {
-  static constexpr Matrix<4, 5> a{{{1, 1, 1, 1, 0}, {0, 1, -1, -0.5f, 0}, {0, 1, 1, 0.25f, 0}, {0, 1, -1, -0.125f, 1}}};
-  static constexpr Matrix<5, 2> g{{{-2, 0}, {1 / 3.f, 1 / 3.f}, {-1, 1}, {8 / 3.f, -4 / 3.f}, {0, 1}}};
-  static constexpr Matrix<5, 5> b{{{-0.5f, -1, 0.5f, 1, 0},
-                                   {0, 0.5f, 1.5f, 1, 0},
-                                   {0, -0.5f, -0.5f, 1, 0},
-                                   {0, -1, 0, 1, 0},
-                                   {0, -0.5f, -1, 0.5f, 1}}};
+// An axis along which a kernel has a single tap: each of its pixels is a product of its own.
+template <int M>
+struct Single {
+  static constexpr Matrix<M, M> identity() {
+    Matrix<M, M> matrix{};
+    for (int i = 0; i < M; ++i) matrix.at[i][i] = 1;
+    return matrix;
+  }
+  static constexpr Matrix<M, M> a = identity(), b = identity();
+  static constexpr Matrix<1, 1> g{{{1}}};
 };
 
 // to = matrix from; the matrix is known, so a product with 0 or 1 costs nothing.
@@ -93,42 +93,21 @@ FASTGAN_INLINE void multiply(const Matrix<kRows, kColumns>& matrix, const V* fro
   }
 }
 
-// matrix values matrix^T for kColumns x kColumns values -> kRows x kRows.
-template <typename V, int kRows, int kColumns>
-FASTGAN_INLINE void both_sides(const Matrix<kRows, kColumns>& matrix, const V* values, V* to) {
-  V half[kRows * kColumns];
-  FASTGAN_UNROLL
-  for (int j = 0; j < kColumns; ++j) multiply(matrix, values + j, kColumns, half + j, kColumns);
-  FASTGAN_UNROLL
-  for (int i = 0; i < kRows; ++i) multiply(matrix, half + i * kColumns, 1, to + i * kRows, 1);
-}
-
-template <typename V, int kRows, int kColumns, typename At>
-FASTGAN_INLINE void transform(const Matrix<kRows, kColumns>& matrix, At&& at, int64_t vectors, float* to,
-                              int64_t to_stride) {
+// to = down values across^T, for every register of channels; at(i, j) are the values.
+template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename At>
+FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across, At&& at,
+                              int64_t vectors, float* to, int64_t to_stride) {
   for (int64_t v = 0; v < vectors; ++v) {
-    V values[kColumns * kColumns], results[kRows * kRows];
+    V values[kDown * kAcross], half[kDownRows * kAcross], results[kDownRows * kAcrossRows];
     FASTGAN_UNROLL
-    for (int k = 0; k < kColumns * kColumns; ++k) values[k] = load<V>(at(k) + v * kLanes<V>);
-    both_sides(matrix, values, results);
+    for (int k = 0; k < kDown * kAcross; ++k) values[k] = load<V>(at(k / kAcross, k % kAcross) + v * kLanes<V>);
     FASTGAN_UNROLL
-    for (int k = 0; k < kRows * kRows; ++k) store(results[k], to + k * to_stride + v * kLanes<V>);
+    for (int j = 0; j < kAcross; ++j) multiply(down, values + j, kAcross, half + j, kAcross);
+    FASTGAN_UNROLL
+    for (int i = 0; i < kDownRows; ++i) multiply(across, half + i * kAcross, 1, results + i * kAcrossRows, 1);
+    FASTGAN_UNROLL
+    for (int k = 0; k < kDownRows * kAcrossRows; ++k) store(results[k], to + k * to_stride + v * kLanes<V>);
   }
-}
-
-template <typename V, typename F>
-FASTGAN_INLINE void input_transform(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,
-                                    int64_t to_stride) {
-  constexpr int kSize = std::size(F::b.at);
-  transform<V>(
-      F::b, [=](int k) FASTGAN_LAMBDA_INLINE { return patch + k / kSize * row + k % kSize * column; }, vectors, to,
-      to_stride);
-}
-
-template <typename V, typename F>
-FASTGAN_INLINE void weight_transform(const float* taps, const int64_t* positions, int64_t vectors, float* to,
-                                     int64_t to_stride) {
-  transform<V>(F::g, [=](int k) FASTGAN_LAMBDA_INLINE { return taps + positions[k]; }, vectors, to, to_stride);
 }
 
 // Columns of one row of a tile, a group of channels each -> rows of pixels, one for each channel: four pixels each,
@@ -148,30 +127,48 @@ FASTGAN_INLINE void spread_channels(const float* from, float* to, int64_t channe
   }
 }
 
-template <typename V, typename F>
-FASTGAN_INLINE void output_transform(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {
-  constexpr int kSize = std::size(F::a.at);
-  alignas(64) float tile[kSize * kSize * kGroup];
-  transform<V>(F::a, [=](int k) FASTGAN_LAMBDA_INLINE { return sums + k * stride; }, kGroup / kLanes<V>, tile, kGroup);
-  for (int a = 0; a < kSize; ++a) spread_channels<kSize>(tile + a * kSize * kGroup, to + a * row, channel);
-}
+template <typename V, int M, typename Down, typename Across>
+struct Transforms {
+  FASTGAN_INLINE static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,
+                                   int64_t to_stride) {
+    transform<V>(
+        Down::b, Across::b, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return patch + i * row + j * column; }, vectors,
+        to, to_stride);
+  }
 
-// The three transforms of one size for one instruction set.
+  FASTGAN_INLINE static void weight(const float* taps, const int64_t* positions, int64_t vectors, float* to,
+                                    int64_t to_stride) {
+    constexpr int kTaps = std::size(Across::g.at[0]);
+    transform<V>(
+        Down::g, Across::g, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return taps + positions[i * kTaps + j]; }, vectors,
+        to, to_stride);
+  }
+
+  FASTGAN_INLINE static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {
+    constexpr int kSums = std::size(Across::a.at[0]);
+    alignas(64) float tile[M * M * kGroup];
+    transform<V>(
+        Down::a, Across::a, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return sums + (i * kSums + j) * stride; },
+        kGroup / kLanes<V>, tile, kGroup);
+    for (int a = 0; a < M; ++a) spread_channels<M>(tile + a * M * kGroup, to + a * row, channel);
+  }
+};
+
+// The three transforms of one size and form for one instruction set.
 #define FASTGAN_WINOGRAD(name, target, bytes)                                                                          \
-  template <int M, int R>                                                                                              \
+  template <int M, typename Down, typename Across>                                                                     \
   struct name {                                                                                                        \
-    using V = register_t<float, bytes>;                                                                                \
-    using F = Filter<M, R>;                                                                                            \
+    using Of = Transforms<register_t<float, bytes>, M, Down, Across>;                                                  \
     target static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) { \
-      input_transform<V, F>(patch, row, column, vectors, to, n);                                                       \
+      Of::input(patch, row, column, vectors, to, n);                                                                   \
     }                                                                                                                  \
     target static void weight(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t n) {    \
-      weight_transform<V, F>(taps, positions, vectors, to, n);                                                         \
+      Of::weight(taps, positions, vectors, to, n);                                                                     \
     }                                                                                                                  \
     target static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {            \
-      output_transform<V, F>(sums, stride, to, channel, row);                                                          \
+      Of::output(sums, stride, to, channel, row);                                                                      \
     }                                                                                                                  \
-    static constexpr WinogradKernels kernels{M, R, input, weight, output};                                             \
+    static constexpr WinogradKernels kernels{input, weight, output};                                                   \
   };
 
 FASTGAN_WINOGRAD(Portable, , 16)
@@ -180,20 +177,27 @@ FASTGAN_WINOGRAD(Avx2, FASTGAN_AVX2, 32)
 FASTGAN_WINOGRAD(Avx512, FASTGAN_AVX512, 64)
 #endif
 
-template <int M, int R>
+template <int M, typename Down, typename Across>
 const WinogradKernels& kernels_of() {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-  if (product_lanes() == 16) return Avx512<M, R>::kernels;
-  if (product_lanes() == 8) return Avx2<M, R>::kernels;
+  if (product_lanes() == 16) return Avx512<M, Down, Across>::kernels;
+  if (product_lanes() == 8) return Avx2<M, Down, Across>::kernels;
 #endif
-  return Portable<M, R>::kernels;
+  return Portable<M, Down, Across>::kernels;
+}
+
+template <int M>
+const WinogradKernels& kernels_of_two_taps(bool single_y, bool single_x) {
+  using Pair = Filter<M, 2>;
+  if (single_y) return single_x ? kernels_of<M, Single<M>, Single<M>>() : kernels_of<M, Single<M>, Pair>();
+  return single_x ? kernels_of<M, Pair, Single<M>>() : kernels_of<M, Pair, Pair>();
 }
 
 }  // namespace
 
-const WinogradKernels& winograd_kernels(int64_t m, int64_t r) {
-  if (r == 3) return m == 4 ? kernels_of<4, 3>() : kernels_of<2, 3>();
-  return m == 4 ? kernels_of<4, 2>() : m == 3 ? kernels_of<3, 2>() : kernels_of<2, 2>();
+const WinogradKernels& winograd_kernels(int64_t m, int64_t r, bool single_y, bool single_x) {
+  if (r == 3) return m == 4 ? kernels_of<4, Filter<4, 3>, Filter<4, 3>>() : kernels_of<2, Filter<2, 3>, Filter<2, 3>>();
+  return m == 3 ? kernels_of_two_taps<3>(single_y, single_x) : kernels_of_two_taps<2>(single_y, single_x);
 }
 
 }  // namespace fastgan

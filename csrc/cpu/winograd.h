@@ -16,22 +16,19 @@
 namespace fastgan {
 
 // The transforms of one size, for the instruction set chosen at run time. They work on whole registers of channels;
-// `lines` of kGroup channels (channel_patch.h) hold at least `vectors` of them.
+// `lines` of kGroup channels (channel_patch.h) hold at least `vectors` of them. Along an axis on which the kernel has a
+// single tap there is nothing to save: m values instead of t, the matrices are 1.
 struct WinogradKernels {
-  int64_t m, r;
-
   // to[xi * to_stride + c] = (B^T d B)[xi], d[i][j] = patch[i * row + j * column + c], of one tile.
   void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride);
-  // to[xi * to_stride + c] = (G g G^T)[xi], g[k] = taps[positions[k] + c], for r^2 taps.
+  // to[xi * to_stride + c] = (G g G^T)[xi], g[k] = taps[positions[k] + c], for every tap.
   void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
   // to[c * channel + a * row + b] = (A^T s A)[a][b], s[xi] = sums[xi * stride + c], for kGroup channels; and 0 for m <=
   // b < 4, which the tile to the right overwrites.
   void (*output)(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row);
-
-  int64_t t() const { return m + r - 1; }
 };
 
-// F(m x m, r x r), one of F(2,3), F(4,3), F(2,2), F(3,2), F(4,2).
-const WinogradKernels& winograd_kernels(int64_t m, int64_t r);
+// F(m x m, r x r), one of F(2,3), F(4,3), F(2,2), F(3,2); with r = 2 also for kernels of a single tap along an axis.
+const WinogradKernels& winograd_kernels(int64_t m, int64_t r, bool single_y, bool single_x);
 
 }  // namespace fastgan

@@ -1,5 +1,5 @@
 // Every thread carries blocks of tiles through all three steps: the pixels of 16 channels at a time are gathered and
-// transformed; for each of the t^2 products there is one matrix product over channels, a group of output channels at a
+// transformed; for each product of the tiles there is one matrix product over channels, a group of output channels at a
 // time; the sums are transformed back, laid out as lines of y and given their epilogue. A block is as large as the
 // second-level cache, or where the weights are many, as large as it takes to read them seldom. Every sum has one order
 // that depends on the shapes alone.
@@ -18,9 +18,13 @@
 namespace fastgan {
 namespace {
 
-// Behind each product's matrix one cache line: powers of two apart, the t^2 matrices would share one set of a cache.
+// Behind each product's matrix one cache line: powers of two apart, the matrices would share one set of a cache.
 constexpr int64_t kLine = 16;
 constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
+
+const WinogradKernels& kernels_of(const WinogradPlan& plan, const WinogradPlan::Form& form) {
+  return winograd_kernels(plan.m, plan.r, form.single_y, form.single_x);
+}
 
 // Output channels side by side in the products.
 int64_t slab_size() { return std::max(kGroup, product_lanes() * product_vectors()); }
@@ -30,7 +34,7 @@ int64_t part_depth(const ConvPlan& conv, const WinogradPlan& plan) {
   return round_up(conv.c_in, plan.parts.size() > 1 ? kGroup : product_lanes());
 }
 
-// Weights of all products, transformed, in the order in which they are read: [slabs / together, phase, product, chunk,
+// Weights of all products, transformed, in the order in which they are read: [slabs / together, matrix of a phase, chunk,
 // together, depth of the chunk, slab].
 class WinogradWeights {
  public:
@@ -40,8 +44,6 @@ class WinogradWeights {
         plan_(plan),
         slab_(slab_size()),
         together_(together),
-        phases_(static_cast<int64_t>(plan.phases.size())),
-        products_(plan.t * plan.t),
         part_depth_(part_depth(conv, plan)),
         depth_(part_depth_ * static_cast<int64_t>(plan.parts.size())),
         size_(depth_ * together * slab_ + kLine) {
@@ -62,13 +64,13 @@ class WinogradWeights {
   }
 
   // Of the chunk of `count` from `first` on.
-  const float* at(int64_t phase, int64_t product, int64_t first, int64_t count, int64_t slab) const {
-    return data_->get() + offset(phase, product, first, count, slab);
+  const float* at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
+    return data_->get() + offset(matrix, first, count, slab);
   }
 
  private:
-  int64_t offset(int64_t phase, int64_t product, int64_t first, int64_t count, int64_t slab) const {
-    return ((slab / together_ * phases_ + phase) * products_ + product) * size_ + first * together_ * slab_ +
+  int64_t offset(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
+    return (slab / together_ * plan_.weights + matrix) * size_ + first * together_ * slab_ +
            slab % together_ * count * slab_;
   }
 
@@ -82,7 +84,7 @@ class WinogradWeights {
 
   const ConvPlan& conv_;
   const WinogradPlan& plan_;
-  const int64_t slab_, together_, phases_, products_, part_depth_, depth_, size_;
+  const int64_t slab_, together_, part_depth_, depth_, size_;
   std::shared_ptr<const LargeBuffer> data_;
 };
 
@@ -90,7 +92,7 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
   const float* const values = weight.const_data_ptr<float>();
   const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
   const int64_t slabs = ceil_div(conv_.c_out, slab_), groups = slab_ / kGroup;
-  LargeBuffer result(ceil_div(slabs, together_) * phases_ * products_ * size_);
+  LargeBuffer result(ceil_div(slabs, together_) * plan_.weights * size_);
   constexpr int64_t kChannels = 16;
   const std::vector<float> ones(kGroup, 1.0f);
   torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {
@@ -117,17 +119,16 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
 
 void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
                                       float* to) const {
-  const auto& transforms = winograd_kernels(plan_.m, plan_.r);
-  std::vector<int64_t> positions(plan_.r * plan_.r);
-  for (int64_t phase = 0; phase < phases_; ++phase) {
+  for (const auto& phase : plan_.phases) {
+    const auto& transforms = kernels_of(plan_, plan_.forms[phase.form]);
     for (size_t part = 0; part < plan_.parts.size(); ++part) {
-      std::ranges::transform(plan_.phases[phase].of_part[part], positions.begin(),
-                             [](int64_t index) { return index * kGroup; });
+      std::vector<int64_t> positions(phase.of_part[part]);
+      for (int64_t& position : positions) position *= kGroup;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t k = static_cast<int64_t>(part) * part_depth_ + first + i, chunk = k / kPanelDepth * kPanelDepth;
         const int64_t length = std::min(kPanelDepth, depth_ - chunk);
         transforms.weight(kernels + i * kernel_size(), positions.data(), kGroup / product_lanes(),
-                          to + offset(phase, 0, chunk, length, slab) + (k - chunk) * slab_ + place, size_);
+                          to + offset(phase.first_weight, chunk, length, slab) + (k - chunk) * slab_ + place, size_);
       }
     }
   }
@@ -135,24 +136,32 @@ void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_
 
 // Sizes of one call.
 struct Blocking {
-  int64_t lines, columns;  // lines of tiles, and tiles of a line, of one block
-  int64_t slabs;           // of output channels whose sums are kept at a time
+  int64_t line_blocks, column_blocks;  // into which lines of tiles, and the tiles of a line, are divided
+  int64_t lines, columns;              // of the largest block
+  int64_t slabs;                       // of output channels whose sums are kept at a time
 };
 
+// Tiles of a block: those that stay in the second-level cache, if that is enough to read the weights for; else so many
+// that reading them costs little, which for weights that stay in the third-level cache are fewer.
+int64_t block_tiles(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
+  constexpr int64_t kTiles = 96 << 10, kWeights = 1 << 20;  // floats
+  const int64_t near = kTiles / (plan.values * depth);
+  return near >= 24 ? near : plan.weights * depth * conv.c_out <= kWeights ? 32 : 96;
+}
+
 Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
-  constexpr int64_t kNear = 96 << 10;  // floats of the second-level cache for a block's tiles
-  const int64_t near = kNear / (plan.t * plan.t * depth), tiles = near >= 24 ? near : 64;
+  const int64_t tiles = block_tiles(conv, plan, depth), threads = torch::stable::get_num_threads();
   const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab_size());
-  const int64_t threads = torch::stable::get_num_threads();
-  Blocking b{1, plan.tiles_w, 2};
-  if (tiles < plan.tiles_w && conv.out_stride == 1) {
-    b.columns = ceil_div(plan.tiles_w, ceil_div(plan.tiles_w, tiles));
+  Blocking b{all_lines, 1, 1, plan.tiles_w, 4};
+  if (tiles < plan.tiles_w && plan.aligned) {
+    b.column_blocks = ceil_div(plan.tiles_w, tiles);
+    b.columns = ceil_div(plan.tiles_w, b.column_blocks);
   } else {
-    b.lines = std::clamp<int64_t>(tiles / plan.tiles_w, 1, all_lines);
-    b.lines = ceil_div(all_lines, std::min(all_lines, round_up(ceil_div(all_lines, b.lines), threads)));
+    const int64_t lines = std::max<int64_t>(tiles / plan.tiles_w, 1);
+    b.line_blocks = std::min(all_lines, round_up(ceil_div(all_lines, lines), threads));
+    b.lines = ceil_div(all_lines, b.line_blocks);
   }
-  const int64_t blocks = ceil_div(all_lines, b.lines) * ceil_div(plan.tiles_w, b.columns);
-  b.slabs = std::min(b.slabs, ceil_div(all_slabs, ceil_div(threads, blocks)));
+  b.slabs = std::min(b.slabs, ceil_div(all_slabs, ceil_div(threads, b.line_blocks * b.column_blocks)));
   return b;
 }
 
@@ -161,10 +170,8 @@ class Call {
   Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g)
       : conv_(conv),
         plan_(conv, taps_per_axis(conv, weight.size(2)), m),
-        kernels_(winograd_kernels(m, plan_.r)),
         part_depth_(part_depth(conv, plan_)),
         depth_(part_depth_ * static_cast<int64_t>(plan_.parts.size())),
-        products_(plan_.t * plan_.t),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
         slab_(slab_size()),
@@ -199,16 +206,23 @@ class Call {
     }
   }
 
+  // One product of matrices: of which of a tile's values, with which weights, into which sums.
+  struct Product {
+    int64_t value, matrix, sums;
+  };
+
   void transform_input(const ScaledImage& x, const Block& block, Buffers& b) const;
   void multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const;
+  void multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
+                        Buffers& b) const;
   void transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const;
   void write_lines(const Block& block, int64_t channel, Buffers& b) const;
 
   int64_t panels(int64_t tiles) const { return ceil_div(tiles, kPanelRows); }
   int64_t most_tiles() const { return blocking_.lines * blocking_.columns; }
-  // [product, chunk, panel, kPanelRows, kPanelStride]
-  int64_t tile_product() const { return ceil_div(depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kLine; }
-  // [phase, product, tile, slabs]
+  // [value, chunk, panel, kPanelRows, kPanelStride]
+  int64_t tile_value() const { return ceil_div(depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kLine; }
+  // [product, tile, slabs]
   int64_t sum_row() const { return blocking_.slabs * slab_ + kLine; }
   int64_t sum_product() const { return most_tiles() * sum_row() + kLine; }
   // [phase, kGroup, line of tiles, m, columns of tiles, m]; a line's last tile is written as four columns.
@@ -217,8 +231,7 @@ class Call {
 
   const ConvPlan& conv_;
   const WinogradPlan plan_;
-  const WinogradKernels& kernels_;
-  const int64_t part_depth_, depth_, products_, phases_, lanes_, slab_;
+  const int64_t part_depth_, depth_, phases_, lanes_, slab_;
   const Blocking blocking_;
   const WinogradWeights weights_;
 };
@@ -226,8 +239,7 @@ class Call {
 void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   count_winograd(plan_.m, plan_.r);
   const int64_t all_lines = conv_.n * plan_.tiles_h, slabs = ceil_div(conv_.c_out, slab_);
-  const int64_t line_blocks = ceil_div(all_lines, blocking_.lines),
-                column_blocks = ceil_div(plan_.tiles_w, blocking_.columns);
+  const int64_t line_blocks = blocking_.line_blocks, column_blocks = blocking_.column_blocks;
   // Where there are fewer blocks than threads, several threads transform the same tiles, each for its own channels.
   const int64_t threads = torch::stable::get_num_threads(), blocks = line_blocks * column_blocks;
   const int64_t groups = ceil_div(slabs, blocking_.slabs), shares = std::min(groups, ceil_div(threads, blocks));
@@ -235,16 +247,17 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
     const int64_t rows = plan_.stride * plan_.m * (std::min(blocking_.lines, plan_.tiles_h) - 1) + plan_.span.y;
     const int64_t columns = plan_.stride * plan_.m * (blocking_.columns - 1) + plan_.span.x;
     Buffers b{ChannelPatch(conv_.c_in, conv_.input.h_in, conv_.input.w_in, rows, columns),
-              LargeBuffer(products_ * tile_product()),
-              LargeBuffer(phases_ * products_ * sum_product()),
+              LargeBuffer(plan_.values * tile_value()),
+              LargeBuffer(plan_.products * sum_product()),
               LargeBuffer(phases_ * kGroup * line_channel()),
               PlaneWriter(result),
               std::vector<float>(conv_.w_out)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t share = task % shares, place = task / shares;
-      Block block{place / column_blocks * blocking_.lines, 0, place % column_blocks * blocking_.columns, 0};
-      block.lines = std::min(blocking_.lines, all_lines - block.line);
-      block.columns = std::min(blocking_.columns, plan_.tiles_w - block.column);
+      const int64_t line = place / column_blocks, column = place % column_blocks;
+      Block block{all_lines * line / line_blocks, 0, plan_.tiles_w * column / column_blocks, 0};
+      block.lines = all_lines * (line + 1) / line_blocks - block.line;
+      block.columns = plan_.tiles_w * (column + 1) / column_blocks - block.column;
       transform_input(x, block, b);
       for (int64_t group = groups * share / shares; group < groups * (share + 1) / shares; ++group) {
         const int64_t slab = group * blocking_.slabs, count = std::min(blocking_.slabs, slabs - slab);
@@ -258,7 +271,7 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
 }
 
 void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b) const {
-  const int64_t step = plan_.stride * plan_.m, product = tile_product(), row_stride = b.patch.row_stride();
+  const int64_t step = plan_.stride * plan_.m, value = tile_value(), row_stride = b.patch.row_stride();
   for (int64_t channel = 0; channel < conv_.c_in; channel += kGroup) {
     const int64_t vectors = std::min(kGroup, part_depth_ - channel) / lanes_;
     for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
@@ -266,15 +279,19 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
                    block.column * step + plan_.origin.x, (block.columns - 1) * step + plan_.span.x);
       int64_t k = channel;
       for (const auto& part : plan_.parts) {
-        const float* const corner =
-            b.patch.data() + (part.y - plan_.origin.y) * row_stride + (part.x - plan_.origin.x) * kGroup;
-        float* const to = b.tiles.get() + k / kPanelDepth * panels(block.tiles()) * kPanelSize + k % kPanelDepth;
-        for (int64_t l = 0; l < count; ++l) {
-          for (int64_t c = 0; c < block.columns; ++c) {
-            const int64_t tile = (done + l) * block.columns + c;
-            kernels_.input(corner + l * step * row_stride + c * step * kGroup, plan_.stride * row_stride,
-                           plan_.stride * kGroup, vectors,
-                           to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride, product);
+        for (const auto& form : plan_.forms) {
+          const auto& kernels = kernels_of(plan_, form);
+          const float* const corner = b.patch.data() + (part.y + form.y - plan_.origin.y) * row_stride +
+                                      (part.x + form.x - plan_.origin.x) * kGroup;
+          float* const to = b.tiles.get() + form.first * value +
+                            k / kPanelDepth * panels(block.tiles()) * kPanelSize + k % kPanelDepth;
+          for (int64_t l = 0; l < count; ++l) {
+            for (int64_t c = 0; c < block.columns; ++c) {
+              const int64_t tile = (done + l) * block.columns + c;
+              kernels.input(corner + l * step * row_stride + c * step * kGroup, plan_.stride * row_stride,
+                            plan_.stride * kGroup, vectors,
+                            to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride, value);
+            }
           }
         }
         k += part_depth_;
@@ -284,52 +301,62 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
 }
 
 void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const {
+  for (const auto& phase : plan_.phases) {
+    const auto& form = plan_.forms[phase.form];
+    for (int64_t product = 0; product < form.products; ++product) {
+      multiply_product(block, first_slab, slabs,
+                       {.value = form.first + product,
+                        .matrix = phase.first_weight + plan_.weight_of(form, product),
+                        .sums = phase.first_product + product},
+                       b);
+    }
+  }
+}
+
+void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
+                            Buffers& b) const {
   const int64_t tiles = block.tiles(), vectors = slab_ / lanes_;
-  std::vector<int32_t> offsets(kPanelDepth);
-  for (int64_t k = 0; k < kPanelDepth; ++k) offsets[k] = static_cast<int32_t>(k * slab_);
-  for (int64_t phase = 0; phase < phases_; ++phase) {
-    for (int64_t product = 0; product < products_; ++product) {
-      float* const sums = b.sums.get() + (phase * products_ + product) * sum_product();
-      for (int64_t first = 0; first < depth_; first += kPanelDepth) {
-        const int64_t count = std::min(kPanelDepth, depth_ - first);
-        const float* const from =
-            b.tiles.get() + product * tile_product() + first / kPanelDepth * panels(tiles) * kPanelSize;
-        // So many slabs of weights stay in the first-level cache while the tiles pass by.
-        const int64_t together = std::max<int64_t>(1, kPanelDepth / count);
-        std::vector<int32_t> columns;
-        for (int64_t v = 0; v < together * vectors; ++v) {
-          columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
-        }
-        for (int64_t slab = 0; slab < slabs; slab += together) {
-          const float* const weights = weights_.at(phase, product, first, count, first_slab + slab);
-          for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
-            panel_products({.weights = from + tile * kPanelStride,
-                            .rows = std::min(kPanelRows, tiles - tile),
-                            .offsets = offsets.data(),
-                            .depth = count,
-                            .image = weights,
-                            .columns = columns.data(),
-                            .vectors = std::min(together, slabs - slab) * vectors,
-                            .sums = sums + tile * sum_row() + slab * slab_,
-                            .sums_stride = sum_row(),
-                            .overwrite = first == 0,
-                            .next = from + (tile + kPanelRows) * kPanelStride});
-          }
-        }
+  float* const sums = b.sums.get() + product.sums * sum_product();
+  for (int64_t first = 0; first < depth_; first += kPanelDepth) {
+    const int64_t count = std::min(kPanelDepth, depth_ - first);
+    const float* const from = b.tiles.get() + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
+    // So many slabs of weights stay in the first-level cache while the tiles pass by.
+    const int64_t together = std::max<int64_t>(1, kPanelDepth / count);
+    std::vector<int32_t> columns;
+    for (int64_t v = 0; v < together * vectors; ++v) {
+      columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
+    }
+    for (int64_t slab = 0; slab < slabs; slab += together) {
+      const float* const weights = weights_.at(product.matrix, first, count, first_slab + slab);
+      for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
+        panel_products({.weights = from + tile * kPanelStride,
+                        .rows = std::min(kPanelRows, tiles - tile),
+                        .offsets = nullptr,
+                        .step = slab_,
+                        .depth = count,
+                        .image = weights,
+                        .columns = columns.data(),
+                        .vectors = std::min(together, slabs - slab) * vectors,
+                        .sums = sums + tile * sum_row() + slab * slab_,
+                        .sums_stride = sum_row(),
+                        .overwrite = first == 0,
+                        .next = from + (tile + kPanelRows) * kPanelStride});
       }
     }
   }
 }
 
 void Call::transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const {
-  for (int64_t phase = 0; phase < phases_; ++phase) {
+  float* lines = b.lines.get();
+  for (const auto& phase : plan_.phases) {
+    const auto& kernels = kernels_of(plan_, plan_.forms[phase.form]);
     for (int64_t l = 0; l < block.lines; ++l) {
       for (int64_t c = 0; c < block.columns; ++c) {
-        kernels_.output(sums + phase * products_ * sum_product() + (l * block.columns + c) * sum_row(), sum_product(),
-                        b.lines.get() + phase * kGroup * line_channel() + l * plan_.m * line_row() + c * plan_.m,
-                        line_channel(), line_row());
+        kernels.output(sums + phase.first_product * sum_product() + (l * block.columns + c) * sum_row(), sum_product(),
+                       lines + l * plan_.m * line_row() + c * plan_.m, line_channel(), line_row());
       }
     }
+    lines += kGroup * line_channel();
   }
   write_lines(block, channel, b);
 }
@@ -337,6 +364,9 @@ void Call::transform_output(const Block& block, int64_t channel, const float* su
 void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
   const int64_t stride = conv_.out_stride, m = plan_.m, phase_rows = std::min(stride, conv_.h_out);
   const int64_t in_row = phases_ / phase_rows;  // phases that share the lines of y
+  const int64_t x = block.column * m * stride;
+  const bool last = block.column + block.columns == plan_.tiles_w;
+  const int64_t pixels = last ? conv_.w_out - x : block.columns * m * stride;
   for (int64_t o = 0; o < std::min(kGroup, conv_.c_out - channel); ++o) {
     for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
       for (int64_t l = 0; l < count; ++l) {
@@ -347,18 +377,16 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
             if (base < 0 || line_of_y >= conv_.h_out) continue;
             const float* from =
                 b.lines.get() + (phase * kGroup + o) * line_channel() + ((done + l) * m + a) * line_row();
+            const int64_t at = line_of_y * conv_.w_out + x;
             if (stride == 1) {
-              const int64_t x = block.column * m;
-              b.writer.write(sample, channel + o, line_of_y * conv_.w_out + x,
-                             std::min(block.columns * m, conv_.w_out - x), from);
+              b.writer.write(sample, channel + o, at, pixels, from);
               continue;
             }
             for (int64_t p = phase; p < phase + in_row; ++p, from += kGroup * line_channel()) {
               const int64_t skip = -plan_.phases[p].shift_x, first = conv_.phases[p].column;
-              const int64_t pixels = (conv_.w_out - first + stride - 1) / stride;
-              spread_row(from + skip, stride, b.line.data() + first, pixels);
+              spread_row(from + skip, stride, b.line.data() + first, (pixels - first + stride - 1) / stride);
             }
-            b.writer.write(sample, channel + o, line_of_y * conv_.w_out, conv_.w_out, b.line.data());
+            b.writer.write(sample, channel + o, at, pixels, b.line.data());
           }
         }
       }
@@ -370,20 +398,21 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 
 // Costs in multiply-adds of the products, 60 a nanosecond, fitted to the layers of the models on Zen 3 with two
 // threads: of a float that a transform writes, of one that was kept, and of a call.
-constexpr double kWeightCost = 61, kKeptCost = 6, kTileCost = 21, kSumCost = 50, kCallCost = 1.7e7;
-// Direct convolution by torch's own kernels.
-constexpr double kDirectCost = 0.95;
+constexpr double kWeightCost = 45, kKeptCost = 18, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
+// Direct convolution, and a transposed one, by torch's own kernels.
+constexpr double kDirectCost = 0.95, kTransposedCost = 1.15;
 
 double direct_cost(const ConvPlan& conv) {
-  return kDirectCost * conv.n * conv.base_h * conv.base_w * conv.c_in * conv.c_out * conv.taps;
+  const double cost = conv.out_stride > 1 ? kTransposedCost : kDirectCost;
+  return cost * conv.n * conv.base_h * conv.base_w * conv.c_in * conv.c_out * conv.taps;
 }
 
 double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
-  const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, products = plan.t * plan.t;
+  const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
   const double depth = static_cast<double>(part_depth(conv, plan)) * plan.parts.size();
-  const double rows = static_cast<double>(conv.c_out) * plan.phases.size();
   const double weight = kept ? kKeptCost : kWeightCost;
-  return kCallCost + products * (rows * depth * (tiles + weight) + tiles * (depth * kTileCost + rows * kSumCost));
+  return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
+         plan.values * depth * tiles * kTileCost;
 }
 
 }  // namespace
@@ -401,7 +430,7 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   double least = direct_cost(conv);
   if (least < kCallCost) return 0;
   const bool kept = is_kept(weight.const_data_ptr<float>());
-  for (const int64_t m : per_axis == 3 ? std::vector<int64_t>{2, 4} : std::vector<int64_t>{2, 3, 4}) {
+  for (const int64_t m : {2, per_axis == 3 ? 4 : 3}) {
     const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), kept);
     if (cost < least) {
       least = cost;
