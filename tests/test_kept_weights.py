@@ -81,7 +81,7 @@ SAME = {
     "6x6 stride 2": Layer((2, 67, 48, 49), (129, 67, 6, 6), {"stride": 2, "padding": 2}),
 }
 # A kept weight pays for larger tiles.
-OTHER = Layer((2, 256, 16, 17), (256, 256, 3, 3), {"padding": 1})
+OTHER = Layer((1, 512, 16, 17), (512, 512, 3, 3), {"padding": 1})
 
 
 def tiles_of(call: Callable[[], Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
