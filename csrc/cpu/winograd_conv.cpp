@@ -141,26 +141,26 @@ struct Blocking {
   int64_t slabs;                       // of output channels whose sums are kept at a time
 };
 
-// Tiles of a block: those that stay in the second-level cache, if that is enough to read the weights for; else so many
-// that reading them costs little, which for weights that stay in the third-level cache are fewer.
-int64_t block_tiles(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
-  constexpr int64_t kTiles = 96 << 10, kWeights = 1 << 20;  // floats
-  const int64_t near = kTiles / (plan.values * depth);
-  return near >= 24 ? near : plan.weights * depth * conv.c_out <= kWeights ? 32 : 96;
-}
-
+// A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has so
+// many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do not
+// meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
 Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
-  const int64_t tiles = block_tiles(conv, plan, depth), threads = torch::stable::get_num_threads();
+  constexpr int64_t kTiles = 96 << 10, kWeights = 1 << 20, kFewTiles = 64;  // the first two in floats
+  const bool many_weights = plan.weights * depth * conv.c_out > kWeights;
+  const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : many_weights ? 96 : 32;
   const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab_size());
+  const int64_t threads = torch::stable::get_num_threads();
   Blocking b{all_lines, 1, 1, plan.tiles_w, 4};
-  if (tiles < plan.tiles_w && plan.aligned) {
+  if (many_weights && all_lines * plan.tiles_w <= kFewTiles) {
+    b.line_blocks = 1;
+  } else if (tiles < plan.tiles_w && plan.aligned) {
     b.column_blocks = ceil_div(plan.tiles_w, tiles);
-    b.columns = ceil_div(plan.tiles_w, b.column_blocks);
   } else {
     const int64_t lines = std::max<int64_t>(tiles / plan.tiles_w, 1);
     b.line_blocks = std::min(all_lines, round_up(ceil_div(all_lines, lines), threads));
-    b.lines = ceil_div(all_lines, b.line_blocks);
   }
+  b.lines = ceil_div(all_lines, b.line_blocks);
+  b.columns = ceil_div(plan.tiles_w, b.column_blocks);
   b.slabs = std::min(b.slabs, ceil_div(all_slabs, ceil_div(threads, b.line_blocks * b.column_blocks)));
   return b;
 }
