@@ -7,6 +7,7 @@
 // the same sum of contiguous rows, and no inserted zero is multiplied unless both strides are above 1. A
 // two-dimensional filter of rank one runs as two; any other sums over all its taps.
 
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -212,11 +213,19 @@ class RowFilter {
       : job(given),
         prepared_values(job.plan.parts * job.plan.part_pixels * job.chunk),
         ring_values(job.filter.separable ? job.row_values() : prepared_values),
-        held(job.down.taps, -1),
-        ring(job.down.taps * ring_values, C(0)),
+        held(std::bit_ceil(static_cast<uint64_t>(job.down.taps)), -1),
+        ring(held.size() * ring_values, C(0)),
         prepared(job.filter.separable ? prepared_values : 0, C(0)),
         expanded(job.plan.phases > 1 ? job.plan.phases * job.plan.pixels_of(0) * job.chunk : 0),
-        wide(sizeof(T) == 2 ? job.across.in * job.chunk : 0) {}
+        wide(sizeof(T) == 2 ? job.across.in * job.chunk : 0),
+        terms(job.plan.phases) {
+    if (!job.filter.separable) return;
+    for (int64_t phase = 0; phase < job.plan.phases; ++phase) {
+      for (const auto& tap : job.plan.taps[phase]) {
+        terms[phase].add(prepared.data() + offset(tap), job.filter.along_x[tap.index]);
+      }
+    }
+  }
 
   // Row i of the result's plane, before the epilogue.
   void row(int64_t plane, int64_t i, C* out) {
@@ -225,41 +234,58 @@ class RowFilter {
       current = plane;
     }
     const Axis& a = job.down;
-    rows.clear();
-    row_taps.clear();
-    for (int64_t k = 0; k < a.taps; ++k) {
-      const int64_t position = i * a.down + k - a.pad;
-      if (position < 0 || position % a.up != 0 || position / a.up >= a.in) continue;
-      rows.push_back(source_row(position / a.up));
-      row_taps.push_back(k);
+    const int64_t start = i * a.down - a.pad;
+    lines.clear();
+    taps.clear();
+    for (int64_t k = std::max<int64_t>(0, -start); k < a.taps && start + k < a.in * a.up; ++k) {
+      if (a.up > 1 && (start + k) % a.up != 0) continue;
+      lines.add(source_row(a.up > 1 ? (start + k) / a.up : start + k), job.filter.along_y[k]);
+      taps.push_back(k);
     }
-    if (job.filter.separable) {
-      factors.clear();
-      for (const int64_t k : row_taps) factors.push_back(job.filter.along_y[k]);
-      combine(rows.data(), factors.data(), factors.size(), out, job.row_values());
-      return;
-    }
-    along_x(out, [&](const RowPlan::Tap& tap) {
-      for (size_t r = 0; r < rows.size(); ++r) {
-        add_term(rows[r], tap, job.filter.full[row_taps[r] * job.across.taps + tap.index]);
+    if (job.filter.separable) return lines.sum(out, job.row_values());
+    for (int64_t phase = 0; phase < job.plan.phases; ++phase) {
+      terms[phase].clear();
+      for (const auto& tap : job.plan.taps[phase]) {
+        for (size_t r = 0; r < taps.size(); ++r) {
+          terms[phase].add(lines.rows[r] + offset(tap), job.filter.full[taps[r] * job.across.taps + tap.index]);
+        }
       }
-    });
+    }
+    along_x(out);
   }
 
  private:
+  // Rows of pixels and what each is multiplied with.
+  struct Terms {
+    std::vector<const C*> rows;
+    std::vector<C> factors;
+
+    void clear() {
+      rows.clear();
+      factors.clear();
+    }
+    void add(const C* row, C factor) {
+      rows.push_back(row);
+      factors.push_back(factor);
+    }
+    void sum(C* out, int64_t values) const { combine(rows.data(), factors.data(), rows.size(), out, values); }
+  };
+
+  // Of a tap's first pixel in a prepared row.
+  int64_t offset(const RowPlan::Tap& tap) const {
+    return (tap.part * job.plan.part_pixels + job.plan.lead + tap.offset) * job.chunk;
+  }
+
   // Row j of the plane, filtered along x if the filter is separable, else only prepared for it.
   const C* source_row(int64_t j) {
-    const int64_t slot = j % job.down.taps;
+    const int64_t slot = j & (held.size() - 1);
     C* const found = ring.data() + slot * ring_values;
     if (held[slot] == j) return found;
     held[slot] = j;
     const int64_t values = job.across.in * job.chunk;
     const C* const source = as_compute(job.x + (current * job.down.in + j) * values, values, wide.data());
-    C* const parts = job.filter.separable ? prepared.data() : found;
-    prepare(source, parts);
-    if (job.filter.separable) {
-      along_x(found, [&](const RowPlan::Tap& tap) { add_term(parts, tap, job.filter.along_x[tap.index]); });
-    }
+    prepare(source, job.filter.separable ? prepared.data() : found);
+    if (job.filter.separable) along_x(found);
     return found;
   }
 
@@ -282,22 +308,12 @@ class RowFilter {
     }
   }
 
-  void add_term(const C* parts, const RowPlan::Tap& tap, C factor) {
-    terms.push_back(parts + (tap.part * job.plan.part_pixels + job.plan.lead + tap.offset) * job.chunk);
-    factors.push_back(factor);
-  }
-
-  // out = the sum of what terms_of(tap) adds for each tap, phase by phase.
-  template <typename F>
-  void along_x(C* out, F&& terms_of) {
+  // out = the sum of the terms, phase by phase.
+  void along_x(C* out) {
     const RowPlan& p = job.plan;
     const int64_t stride = p.phases > 1 ? p.pixels_of(0) * job.chunk : 0;
     for (int64_t phase = 0; phase < p.phases; ++phase) {
-      terms.clear();
-      factors.clear();
-      for (const auto& tap : p.taps[phase]) terms_of(tap);
-      C* const to = p.phases > 1 ? expanded.data() + phase * stride : out;
-      combine(terms.data(), factors.data(), terms.size(), to, p.pixels_of(phase) * job.chunk);
+      terms[phase].sum(p.phases > 1 ? expanded.data() + phase * stride : out, p.pixels_of(phase) * job.chunk);
     }
     if (p.phases == 1) return;
     const int64_t pairs = p.phases == 2 && job.chunk == 1 ? p.out / 2 : 0;
@@ -310,9 +326,10 @@ class RowFilter {
 
   const Job<T>& job;
   const int64_t prepared_values, ring_values;
-  std::vector<int64_t> held, row_taps;
-  std::vector<C> ring, prepared, expanded, wide, factors;
-  std::vector<const C*> rows, terms;
+  std::vector<int64_t> held, taps;
+  std::vector<C> ring, prepared, expanded, wide;
+  Terms lines;               // of the rows above each other
+  std::vector<Terms> terms;  // along x, by phase: the same for all rows if the filter is separable
   int64_t current = -1;
 };
 
