@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops import _check
-from fastgan.ops._epilogue import check_epilogue
+from fastgan.ops._epilogue import check_epilogue, is_channels_last
 from fastgan.ops._plans import epilogue_parts, find_plan
 from fastgan.ops.demodulated_conv2d import demodulated_conv2d
 from fastgan.ops.demodulation import WeightEnergy, demodulation
@@ -140,7 +140,8 @@ def _explain_algorithm(*args: Any, **kwargs: Any) -> tuple[str, dict[str, str]]:
     if a["down"] > 1:
         taps = None if a["resample_filter"] is None else a["resample_filter"].to("meta")
         filtered = upfirdn2d(x.to("meta"), taps, **plan.fir)
-        x = torch.empty_strided(filtered.shape, filtered.stride(), dtype=x.dtype)
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        x = torch.empty(filtered.shape, dtype=x.dtype, memory_format=layout)
     return explain_algorithm(x, weight, **plan.conv)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fastgan import _native, backends
 from fastgan.ops import _check
@@ -183,8 +184,9 @@ def explain_algorithm(*args: Any, **kwargs: Any) -> tuple[str, dict[str, str]]:
     epilogue = _NOTHING if epilogue is None else epilogue
     plan = _find_plan(x, weight, in_scale, out_scale, tuple(options), epilogue, backend)
     if plan.explicit_padding:
+        # Only its shape and layout; of the layout, padding on the meta device knows less than on the CPU.
         padded = pad_input(x.to("meta"), plan.args.padding, plan.args.padding_mode)
-        x = torch.empty_strided(padded.shape, padded.stride(), dtype=x.dtype)
+        x = torch.empty(padded.shape, dtype=x.dtype, memory_format=suggest_memory_format(x))
     # As the call does: whether a weight's transforms are kept is part of what they cost.
     keep(weight)
     return _native.explain_convolution(x, weight, *plan.geometry.as_args())
