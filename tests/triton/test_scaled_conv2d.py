@@ -17,6 +17,7 @@ from fastgan.kernels._dot import convolution_precision
 from fastgan.kernels._launch import recorded
 from torch import Tensor
 
+import fastgan
 from fastgan import ops
 from fastgan.kernels import _tiles
 from fastgan.kernels import scaled_conv2d as kernel
