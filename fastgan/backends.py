@@ -97,7 +97,7 @@ def precision(name: str) -> Iterator[None]:
     Args:
         name: "fp32": at most 1e-5 from float64, relative to the largest result; on the GPU, TF32 where torch allows it
             to its own convolutions. "high": at most 3 times the error of torch's own float32 convolution on the CPU: of
-            Winograd's tiles, the kernels take those of 2 and 3 only (measured, a tile of 4 has up to 19 times torch's
+            Winograd's tiles, the kernels take those of 2 and 3 only (measured, a tile of 4 has up to 20 times torch's
             error, everything else up to 2.5 times; bench/precision.py); on the GPU, float32 products whatever torch
             allows.
 

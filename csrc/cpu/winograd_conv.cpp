@@ -376,7 +376,7 @@ constexpr double kDirectCost = 0.95;
 constexpr double kCostPerMs = 60e6;
 
 // precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
-// is 2.6e-6 to 7.5e-6 whatever the layer, up to 19 times that of torch's convolution, which lies anywhere from 2e-7 to
+// is 2.6e-6 to 7.5e-6 whatever the layer, up to 20 times that of torch's convolution, which lies anywhere from 2e-7 to
 // 4e-6; that of tiles of 2 and 3 is at most 1.3e-6 and 2.5 times torch's.
 constexpr int64_t kLargestHighTile = 3;
 

@@ -208,6 +208,12 @@ def test_explain() -> None:
         st.sampled_from(PRECISIONS),
         st.booleans(),
     )
+    @example(ConvCase(n=1, c_in=9, c_out=9, h=4, w=4, **PADDED), "fp32", False)
+    @example(ConvCase(n=1, c_in=20, c_out=20, h=9, w=9, **PADDED), "fp32", False)
+    @example(ConvCase(n=1, c_in=3, c_out=20, h=20, w=24, **PADDED), "high", False)
+    @example(ConvCase(n=2, c_in=128, c_out=130, h=19, w=20, **PADDED), "fp32", False)
+    @example(ConvCase(n=2, c_in=128, c_out=130, h=19, w=20, **PADDED), "high", True)
+    @example(ConvCase(n=1, c_in=20, c_out=20, h=19, w=20, **PADDED), "fp32", True)
     def draw(case: ConvCase, precision: str, inferring: bool) -> None:
         tensors = case.inputs()
         if inferring:
