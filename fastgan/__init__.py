@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fastgan.backends import backend, explain
+from fastgan.backends import backend, explain, precision
 
 if TYPE_CHECKING:
     import os
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 __version__ = "0.1.0"
-__all__ = ["backend", "explain", "load", "__version__"]
+__all__ = ["backend", "explain", "load", "precision", "__version__"]
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> torch.nn.Module:

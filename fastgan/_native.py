@@ -29,6 +29,11 @@ _LIBRARIES = {"cpu": ("libfastgan_cpu.so", "cpp_reason"), "cuda": ("libfastgan_c
 # Kept for the life of the process: torch forgets an op's schema together with the Library that defined it.
 _SCHEMAS = torch.library.Library("fastgan", "FRAGMENT")
 _SCHEMAS.define("_probe(Tensor x) -> Tensor")
+# What scaled_conv2d would choose on the CPU: the algorithm's name, then one line "name<TAB>why" for each.
+_SCHEMAS.define(
+    "_explain_scaled_conv2d(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] output_padding,"
+    " int[2] dilation, bool transposed, int groups, str precision) -> str"
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,16 @@ def algorithm_calls() -> dict[str, int]:
     """
     library = cpu_library()
     return {name: library.fastgan_algorithm_calls(name.encode()) if library else 0 for name in ALGORITHMS}
+
+
+def explain_convolution(*args: Any) -> tuple[str, dict[str, str]]:
+    """Which of ALGORITHMS the CPU library would serve a call of ``scaled_conv2d`` with, and the verdict on each.
+
+    Args:
+        *args: the op's x and weight, and its settings from stride to precision.
+    """
+    algorithm, *lines = torch.ops.fastgan._explain_scaled_conv2d.default(*args).split("\n")
+    return algorithm, dict(line.split("\t") for line in lines)
 
 
 def winograd_calls() -> int:

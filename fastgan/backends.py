@@ -1,9 +1,13 @@
-"""Which implementation of an op runs: the choice, its reasons, and how a user overrides it.
+"""Which implementation of an op runs and how exactly it has to compute: the choice, its reasons, and how a user
+overrides it.
 
 The first that applies decides: the ``backend=`` argument of the call, an enclosing ``with fastgan.backend(name)``, the
 environment variable ``FASTGAN_BACKEND`` (read once, at import), and last the default order of :data:`DEFAULT_ORDER`. A
 backend answers ``can_run(...) -> None | reason`` from shapes, dtypes and device alone. An explicit choice that cannot
 run raises with the reason; the automatic choice takes the next backend and logs that once.
+
+The precision comes from an enclosing ``with fastgan.precision(name)``, else from ``FASTGAN_PRECISION`` (read once, at
+import), else it is "fp32".
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ logger = logging.getLogger("fastgan")
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 DEFAULT_ORDER = ("cuda", "triton", "cpp", "reference")
+PRECISIONS = ("fp32", "high")
 
 # Loaded here, once: a call through functools.cache on every op would cost time and stop torch.compile's tracing.
 _LIBRARIES = _native.load()
@@ -38,17 +43,28 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+def _checked_precision(name: str, source: str) -> str:
+    if name not in PRECISIONS:
+        raise ValueError(f"{source}: precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    return name
+
+
 _from_environment = os.environ.get("FASTGAN_BACKEND") or None
 if _from_environment is not None:
     _checked(_from_environment, "FASTGAN_BACKEND")
+_precision_from_environment = _checked_precision(os.environ.get("FASTGAN_PRECISION") or "fp32", "FASTGAN_PRECISION")
 
 
 class _Local(threading.local):
     override: str | None = None
+    precision: str | None = None
     recording: bool = False
 
 
 _local = _Local()
+# Op -> what tells the algorithm of a call on the cpp backend: (algorithm, verdict on each).
+_explainers: dict[str, Callable[..., tuple[str, dict[str, str]]]] = {}
+PREDICTION = "predictions are the cost model's, for two threads of AMD Zen 3"
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -70,14 +86,49 @@ def backend(name: str) -> Iterator[None]:
         _local.override = previous
 
 
-def override() -> tuple[str | None, bool]:
-    """What :func:`choose` depends on beside its arguments, for callers that keep its answers."""
-    return _local.override, _local.recording
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Make the convolutions of every fastgan op inside the ``with`` block of this thread as exact as ``name`` says.
+
+    Their gradients, of both orders and wherever they are computed, keep the precision that the call was made with. It
+    is about float32: half types are rounded far more coarsely, float64 has one way to compute. The reference backend
+    is torch's convolution and follows torch's settings.
+
+    Args:
+        name: "fp32": at most 1e-5 from float64, relative to the largest result; on the GPU, TF32 where torch allows it
+            to its own convolutions. "high": at most 3 times the error of torch's own float32 convolution on the CPU: of
+            Winograd's tiles, the kernels take those of 2 and 3 only (measured, a tile of 4 has up to 20 times torch's
+            error, everything else up to 2.5 times; bench/precision.py); on the GPU, float32 products whatever torch
+            allows.
+
+    Raises:
+        ValueError: for another name.
+    """
+    previous, _local.precision = _local.precision, _checked_precision(name, "fastgan.precision")
+    try:
+        yield
+    finally:
+        _local.precision = previous
+
+
+def precision_in_force() -> str:
+    """ "fp32" or "high": what a convolution called now in this thread has to keep to."""
+    return _local.precision or _precision_from_environment
+
+
+def override() -> tuple[str | None, str | None, bool]:
+    """What :func:`choose` and plans depend on beside their arguments, for callers that keep answers."""
+    return _local.override, _local.precision, _local.recording
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which backend an op call uses and why; ``print`` it."""
+    """Which backend an op call uses and why; ``print`` it.
+
+    Of a convolution on the cpp backend also which algorithm: ``algorithm`` is the name, with Winograd's tile behind it,
+    and ``algorithms`` has for each that there is the time that the kernels' own cost model predicts, or why it cannot
+    serve or was not asked. The names are those of ``fastgan._native.ALGORITHMS``.
+    """
 
     op: str
     backend: str
@@ -85,6 +136,8 @@ class Decision:
     reasons: Mapping[
         str, str | None
     ]  # backend -> why it cannot run, None if it can; a missing backend has no such kernel
+    algorithm: str | None = None
+    algorithms: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.op} runs on {self.backend} ({self.chosen_by})"]
@@ -95,6 +148,9 @@ class Decision:
                 reason = self.reasons[name]
                 state = "can run" if reason is None else f"cannot run: {reason}"
             lines.append(f"  {name:<10}{state}")
+        if self.algorithm is not None:
+            lines.append(f"its convolution is computed by {self.algorithm} ({PREDICTION})")
+            lines += [f"  {name:<24}{verdict}" for name, verdict in self.algorithms.items()]
         return "\n".join(lines)
 
 
@@ -198,14 +254,15 @@ def available() -> dict[str, str | None]:
 
 
 def explain(op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Decision:
-    """Say which backend ``op(*args, **kwargs)`` would run on, and why the others would not; nothing is computed.
+    """Say which backend ``op(*args, **kwargs)`` would run on, and why the others would not; of a convolution on the cpp
+    backend also which algorithm. Nothing is computed.
 
     Args:
         op: a function of :mod:`fastgan.ops`, or its name.
         *args, **kwargs: the call's own arguments, checked as in a call.
 
     Returns:
-        A :class:`Decision`; printing it gives one line per backend.
+        A :class:`Decision`; printing it gives one line per backend, and one per algorithm.
 
     Raises:
         ValueError: if there is no such op, or the arguments are wrong.
@@ -219,7 +276,23 @@ def explain(op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Decis
     try:
         function(*args, **kwargs)
     except _Recorded as recorded:
-        return recorded.decision
+        decision = recorded.decision
+    else:
+        raise ValueError(f"explain: {op!r} is not a fastgan op")
     finally:
         _local.recording = False
-    raise ValueError(f"explain: {op!r} is not a fastgan op")
+    if decision.backend != "cpp" or decision.op not in _explainers or decision.reasons["cpp"] is not None:
+        return decision
+    algorithm, algorithms = _explainers[decision.op](*args, **kwargs)
+    return replace(decision, algorithm=algorithm, algorithms=algorithms)
+
+
+def explains_algorithm(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates what tells the algorithm of a call of ``op`` on the cpp backend: it takes the call's arguments, which
+    were checked, and returns the algorithm's name and the verdict on each, by name."""
+
+    def register(explainer: Callable[..., tuple[str, dict[str, str]]]) -> Callable[..., Any]:
+        _explainers[op] = explainer
+        return explainer
+
+    return register

@@ -64,3 +64,9 @@ def convolution_precision(x: Tensor) -> str:
     ``torch.backends.cudnn.conv.fp32_precision`` or the older ``torch.backends.cudnn.allow_tf32``."""
     allowed = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "tf32" if allowed and has_tensor_cores(x.device) else "ieee"
+
+
+def demanded_precision(setting: str) -> str | None:
+    """PRECISION that an op's ``precision``, "fp32" or "high", demands of its products; None leaves it to
+    :func:`convolution_precision`."""
+    return "ieee" if setting == "high" else None

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._conv_tile import conv_product, finish, tile_pixels
-from ._dot import convolution_precision
+from ._dot import convolution_precision, demanded_precision
 from ._launch import Launch
 from ._layers import Layer, Variant, shipped_layers
 from ._sum_parts import sum_parts
@@ -350,26 +350,28 @@ def _knows(x: Tensor, stride: Sequence[int], dilation: Sequence[int], transposed
 def scaled_conv2d(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):
     """``fastgan::scaled_conv2d`` on Triton: the op's arguments and results; one launch, none for an empty batch.
     NotImplemented where :func:`_knows` says so."""
-    stride, padding, output_padding, dilation, transposed, groups, *pointwise, residual_gain, save_conv = settings
+    stride, padding, output_padding, dilation, transposed, groups, precision, *pointwise, save_conv = settings
     if not _knows(x, stride, dilation, transposed, groups):
         return NotImplemented
     conv = Convolution(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), transposed)
-    tail = Tail(noise, noise_strength, bias, residual, *pointwise, residual_gain)
-    planned = plan(x, weight, in_scale, out_scale, tail, conv, save_conv=save_conv)
+    tail = Tail(noise, noise_strength, bias, residual, *pointwise)
+    demanded = demanded_precision(precision)
+    planned = plan(x, weight, in_scale, out_scale, tail, conv, save_conv=save_conv, precision=demanded)
     for launch in planned.launches:
         launch.run()
     return planned.y, planned.c
 
 
 def scaled_conv2d_dot(
-    x, weight, in_scale, out_scale, dot_with, stride, padding, output_padding, dilation, transposed, groups
+    x, weight, in_scale, out_scale, dot_with, stride, padding, output_padding, dilation, transposed, groups, precision
 ):
     """``fastgan::scaled_conv2d_dot`` on Triton: the op's arguments and results; two launches, one where a sample is one
     tile. NotImplemented where :func:`_knows` says so."""
     if not _knows(x, stride, dilation, transposed, groups):
         return NotImplemented
     conv = Convolution(tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation), transposed)
-    planned = plan(x, weight, in_scale, out_scale, Tail(), conv, dot_with=dot_with)
+    demanded = demanded_precision(precision)
+    planned = plan(x, weight, in_scale, out_scale, Tail(), conv, dot_with=dot_with, precision=demanded)
     for launch in planned.launches:
         launch.run()
     return planned.y, planned.sums
@@ -378,13 +380,14 @@ def scaled_conv2d_dot(
 def demodulated_conv2d(x, weight, style, in_scale, energy, peak, prenormalize, eps, d_gain, *rest):
     """``fastgan::demodulated_conv2d`` on Triton: the op's arguments and result; one launch, none for an empty batch.
     NotImplemented for float64."""
-    *tensors, stride, padding, transposed, act, alpha, gain, clamp, residual_gain = rest
+    *tensors, stride, padding, transposed, precision, act, alpha, gain, clamp, residual_gain = rest
     if not _knows(x, stride, (1, 1), transposed, 1):
         return NotImplemented
     conv = Convolution(tuple(stride), tuple(padding), (0, 0), (1, 1), transposed)
     scale = Demodulation(style, energy, peak, prenormalize, eps, d_gain)
     tail = Tail(*tensors, act, alpha, gain, clamp, residual_gain)
-    planned = plan(x, weight, style if in_scale is None else in_scale, scale, tail, conv)
+    in_scale = style if in_scale is None else in_scale
+    planned = plan(x, weight, in_scale, scale, tail, conv, precision=demanded_precision(precision))
     for launch in planned.launches:
         launch.run()
     return planned.y

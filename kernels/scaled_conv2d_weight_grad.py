@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dot import convolution_precision, dot, has_tensor_cores
+from ._dot import convolution_precision, demanded_precision, dot, has_tensor_cores
 from ._launch import Launch
 from ._layers import shipped_layers
 from ._sum_parts import sum_parts
@@ -224,12 +224,13 @@ def shipped() -> Iterator[tuple[str, list[Launch]]]:
         yield label, plan(*operands, layer.weight_shape, *geometry, variant.precision)[1]
 
 
-def scaled_conv2d_weight_grad(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups):
+def scaled_conv2d_weight_grad(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups, precision):
     """``fastgan::scaled_conv2d_weight_grad`` on Triton: the op's arguments and result; NotImplemented for float64 and
     for groups."""
     if x.dtype not in _DTYPES or g.dtype != x.dtype or groups != 1:
         return NotImplemented
-    out, launches = plan(x, g, in_scale, g_scale, tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation))
+    geometry = (tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation))
+    out, launches = plan(x, g, in_scale, g_scale, *geometry, demanded_precision(precision))
     for launch in launches:
         launch.run()
     return out

@@ -76,7 +76,7 @@ def run(call: Call, x: Tensor, g: Tensor, in_scale: Tensor | None = None, g_scal
     """The C++ op itself."""
     pairs = [[v, v] for v in (call.stride, call.padding, call.dilation)]
     size = [call.c_out, call.c_in, *call.kernel]
-    return torch.ops.fastgan.scaled_conv2d_weight_grad.default(x, g, in_scale, g_scale, size, *pairs, 1)
+    return torch.ops.fastgan.scaled_conv2d_weight_grad.default(x, g, in_scale, g_scale, size, *pairs, 1, "fp32")
 
 
 def plain(call: Call, x: Tensor, g: Tensor, in_scale: Tensor | None = None, g_scale: Tensor | None = None) -> Tensor:

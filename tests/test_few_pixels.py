@@ -24,7 +24,7 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options) -> T
     return torch.ops.fastgan.scaled_conv2d.default(
         x, weight, None, None, None, None, bias, None,
         pair.get("stride", (1, 1)), pair.get("padding", (0, 0)), pair.get("output_padding", (0, 0)),
-        (1, 1), options.get("transposed", False), 1, "linear", 0.0, 1.0, None, 1.0, False,
+        (1, 1), options.get("transposed", False), 1, "fp32", "linear", 0.0, 1.0, None, 1.0, False,
     )[0]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_fake_result_has_the_same_strides(name, layout):
     x = layouts(x)[layout]
     args = (x, weight, None, None, None, None, bias, None, (2, 2), (1, 1), (0, 0), (1, 1), transposed, 1)
     op = torch.ops.fastgan.scaled_conv2d.default
-    torch.library.opcheck(op, (*args, "linear", 0.0, 1.0, None, 1.0, False), test_utils="test_faketensor")
+    torch.library.opcheck(op, (*args, "fp32", "linear", 0.0, 1.0, None, 1.0, False), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("name", ["4x4 s1 to a logit", "transposed 3x3"])

@@ -323,6 +323,7 @@ def test_opcheck(geometry):
             (1, 1),
             transposed,
             groups,
+            "high" if save_conv else "fp32",
             "lrelu",
             0.2,
             1.4,
@@ -333,7 +334,7 @@ def test_opcheck(geometry):
         torch.library.opcheck(torch.ops.fastgan.scaled_conv2d.default, args)
     if not transposed:
         y = torch.ops.fastgan.scaled_conv2d.default(*args)[0].detach().requires_grad_()
-        args = (leaves[0], y, leaves[2], leaves[3], leaves[1].shape, stride, padding, (1, 1), groups)
+        args = (leaves[0], y, leaves[2], leaves[3], leaves[1].shape, stride, padding, (1, 1), groups, "fp32")
         torch.library.opcheck(torch.ops.fastgan.scaled_conv2d_weight_grad.default, args)
 
 

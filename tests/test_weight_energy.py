@@ -106,7 +106,24 @@ def test_ops_of_weight_energy(kind: str) -> None:
     x, weight, style = (t.float() for t in operands())
     energy = ops.weight_energy(weight)
     torch.library.opcheck(torch.ops.fastgan.demodulation_factor.default, (style, *energy, 9, kind, 1e-4))
-    settings = (kind, 1e-4, 0.5, None, None, torch.ones(4), None, (1, 1), (1, 1), False, "lrelu", 0.2, 1.0, 0.5, 1.0)
+    settings = (
+        kind,
+        1e-4,
+        0.5,
+        None,
+        None,
+        torch.ones(4),
+        None,
+        (1, 1),
+        (1, 1),
+        False,
+        "fp32",
+        "lrelu",
+        0.2,
+        1.0,
+        0.5,
+        1.0,
+    )
     args = (x, weight, style, None, *energy, *settings)
     torch.library.opcheck(torch.ops.fastgan.demodulated_conv2d.default, args)
     for op, inputs in (("demodulation_factor", (style, *energy, 9, kind, 1e-4)), ("demodulated_conv2d", args)):

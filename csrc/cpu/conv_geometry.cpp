@@ -19,25 +19,35 @@ bool has_dense_kernels(const Tensor& weight) {
                                     weight.stride(0) == taps && weight.stride(1) == taps * weight.size(0));
 }
 
-bool is_plain_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                          const ConvGeometry& g) {
+Refusal refuse_unless_plain(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const ConvGeometry& g) {
+  constexpr Refusal kWrong{"torch has to say what is wrong with the arguments"};
   const ScalarType dtype = x.scalar_type();
-  if (x.dim() != 4 || weight.dim() != 4 || weight.scalar_type() != dtype) return false;
-  if (weight.numel() == 0 || x.numel() == 0) return false;
+  if (x.dim() != 4 || weight.dim() != 4 || weight.scalar_type() != dtype) return kWrong;
+  if (weight.numel() == 0 || x.numel() == 0) return {"x or the weight is empty"};
   const int64_t c_out = weight.size(g.transposed ? 1 : 0);
   if (bias && (bias->scalar_type() != dtype || !bias->is_contiguous() || bias->dim() != 1 || bias->size(0) != c_out)) {
-    return false;
+    return kWrong;
   }
-  if (g.groups != 1 || x.size(1) != weight.size(g.transposed ? 0 : 1)) return false;
+  if (g.groups != 1) return {"it takes groups = 1, got #", g.groups};
+  if (x.size(1) != weight.size(g.transposed ? 0 : 1)) return kWrong;
   for (const auto* pair : {&g.stride, &g.padding, &g.dilation, &g.output_padding}) {
-    if (pair->size() != 2) return false;
+    if (pair->size() != 2) return kWrong;
   }
   for (int axis = 0; axis < 2; ++axis) {
-    if (g.dilation[axis] < 1 || g.stride[axis] < 1 || g.padding[axis] < 0) return false;
-    if (g.output_padding[axis] < 0 || g.output_padding[axis] >= (g.transposed ? g.stride[axis] : 1)) return false;
-    if (result_size(x, weight, g, axis) < 1) return false;
+    if (g.dilation[axis] < 1 || g.stride[axis] < 1 || g.padding[axis] < 0) return kWrong;
+    if (g.output_padding[axis] < 0 || g.output_padding[axis] >= (g.transposed ? g.stride[axis] : 1)) return kWrong;
+    if (result_size(x, weight, g, axis) < 1) return kWrong;
   }
-  return true;
+  return {};
+}
+
+Refusal refuse_unless_float_nchw(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (x.scalar_type() != ScalarType::Float) return {"it takes float32"};
+  if (const Refusal refusal = refuse_unless_plain(x, weight, std::nullopt, g)) return refusal;
+  if (suggests_channels_last(x) || suggests_channels_last(weight)) return {"it takes NCHW, got channels_last"};
+  if (g.stride[0] != g.stride[1]) return {"it takes equal strides, got # and #", g.stride[0], g.stride[1]};
+  return {};
 }
 
 }  // namespace fastgan

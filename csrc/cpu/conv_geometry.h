@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "algorithm.h"
 #include "common.h"
 
 namespace fastgan {
@@ -30,8 +31,17 @@ bool suggests_channels_last(const Tensor& t);
 // ones.
 bool has_dense_kernels(const Tensor& weight);
 
-// Whether the arguments are ones that torch's convolution takes, without groups, and something remains to compute.
-bool is_plain_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                          const ConvGeometry& g);
+// Refuses what is no plain convolution: one whose arguments torch's convolution takes, without groups, and of which
+// something remains to compute.
+Refusal refuse_unless_plain(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const ConvGeometry& g);
+
+inline bool is_plain_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                 const ConvGeometry& g) {
+  return !refuse_unless_plain(x, weight, bias, g);
+}
+
+// What the algorithms that multiply float images in NCHW refuse, beside what is no plain convolution.
+Refusal refuse_unless_float_nchw(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 }  // namespace fastgan

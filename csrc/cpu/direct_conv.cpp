@@ -190,15 +190,19 @@ void for_stretches(const ConvPlan& plan, const Tiling& tiling, const Worker& wor
 
 }  // namespace
 
-bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (x.scalar_type() != ScalarType::Float || !has_dense_kernels(weight)) return false;
-  if (suggests_channels_last(x) || suggests_channels_last(weight)) return false;
-  if (!is_plain_convolution(x, weight, std::nullopt, g) || g.stride[0] != g.stride[1]) return false;
-  if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return false;
+Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+  if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
+  if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return {"transposed, it takes no dilation"};
   const ConvPlan plan(x, weight, g);
-  if (plan.taps > kPanelDepth) return false;
-  if (std::min(plan.c_in, plan.c_out) <= kFewChannels) return true;
-  return plan.taps == 9 && plan.out_stride == 2 && plan.n * plan.base_h * plan.base_w >= kManyPixels;
+  if (plan.taps > kPanelDepth) return {"it takes at most # taps, got #", kPanelDepth, plan.taps};
+  const int64_t few = std::min(plan.c_in, plan.c_out), pixels = plan.n * plan.base_h * plan.base_w;
+  if (few <= kFewChannels) return {};
+  if (plan.taps != 9 || plan.out_stride != 2) {
+    return {"it takes at most # channels on one side (or a transposed 3x3 of stride 2), got #", kFewChannels, few};
+  }
+  if (pixels < kManyPixels) return {"it takes this form from # pixels a phase on, got #", kManyPixels, pixels};
+  return {};
 }
 
 void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,

@@ -11,9 +11,9 @@
 
 namespace fastgan {
 
-// Whether the call is one that direct_conv is faster at than torch: float, NCHW, no groups, equal strides, few channels
-// or a large transposed 3x3 convolution of stride 2.
-bool direct_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+// Nothing for a call that direct_conv is faster at than torch (float, NCHW, no groups, equal strides, few channels or a
+// large transposed 3x3 convolution of stride 2), else what keeps it from being one.
+Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 // result = epilogue(conv(in_scale * x, weight)).
 void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,

@@ -316,19 +316,22 @@ void convolve_transposed(const Image<const C>& x, const Tensor& weight, const C*
 
 }  // namespace
 
-bool few_pixels_takes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvGeometry& g) {
-  if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double) return false;
-  if (!is_plain_convolution(x, weight, bias, g)) return false;
-  if (!weight.is_contiguous() || suggests_channels_last(weight)) return false;
-  if (g.dilation[0] != 1 || g.dilation[1] != 1 || weight.size(2) * weight.size(3) > kMaxTaps) return false;
+Refusal refused_by_few_pixels(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double) return {"it takes float32 and 64"};
+  if (const Refusal refusal = refuse_unless_plain(x, weight, std::nullopt, g)) return refusal;
+  if (!weight.is_contiguous() || suggests_channels_last(weight)) return {"it takes a contiguous NCHW weight"};
+  if (g.dilation[0] != 1 || g.dilation[1] != 1)
+    return {"it takes dilation = 1, got # and #", g.dilation[0], g.dilation[1]};
+  const int64_t taps = weight.size(2) * weight.size(3);
+  if (taps > kMaxTaps) return {"it takes at most # taps, got #", kMaxTaps, taps};
   const int64_t pixels =
       x.size(0) * (g.transposed ? x.size(2) * x.size(3) : result_size(x, weight, g, 0) * result_size(x, weight, g, 1));
-  return pixels <= kMaxPixels;
+  if (pixels > kMaxPixels) return {"it takes at most # pixels, got #", kMaxPixels, pixels};
+  return {};
 }
 
-std::optional<Tensor> convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                          const ConvGeometry& g) {
-  if (!few_pixels_takes(x, weight, bias, g)) return std::nullopt;
+Tensor convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const ConvGeometry& g) {
   using torch::headeronly::MemoryFormat;
   const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
                                   result_size(x, weight, g, 1)};

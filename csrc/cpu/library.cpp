@@ -36,6 +36,8 @@ Tensor probe(const Tensor& x) {
 
 }  // namespace
 
+std::string_view algorithm_name(Algorithm algorithm) { return kAlgorithms[static_cast<size_t>(algorithm)]; }
+
 void count_call(Algorithm algorithm) {
   calls_of[static_cast<size_t>(algorithm)].fetch_add(1, std::memory_order_relaxed);
 }

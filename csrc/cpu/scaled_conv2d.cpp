@@ -10,7 +10,7 @@
 #include <array>
 #include <limits>
 
-#include "algorithm.h"
+#include "conv_choice.h"
 #include "convert.h"
 #include "direct_conv.h"
 #include "direct_weight_grad.h"
@@ -41,14 +41,20 @@ void multiply(const double* x, const double* scale, bool per_element, double* y,
   multiply_loop(x, scale, per_element, y, n);
 }
 
+bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half; }
+
+// What scaled_input returns for a scale or a half type, its values not yet there.
+Tensor empty_input(const Tensor& x) {
+  return empty_image(x, is_half(x) ? ScalarType::Float : x.scalar_type(), is_channels_last(x));
+}
+
 // in_scale * x in the compute type, dense in x's own layout; x itself where there is nothing to do.
 Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
+  if (!in_scale && !is_half(x)) return x;
   const ScalarType dtype = x.scalar_type();
-  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  if (!in_scale && !half) return x;
   const bool channels_last = is_channels_last(x);
   const Tensor source = in_layout(x, channels_last);
-  Tensor out = empty_image(x, half ? ScalarType::Float : dtype, channels_last);
+  Tensor out = empty_input(x);
   const ImageBlocks blocks(x, channels_last);
   dispatch_dtype("scaled_conv2d", dtype, [&]<typename T>() {
     using C = accumulate_t<T>;
@@ -69,12 +75,10 @@ Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
   return out;
 }
 
-Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvGeometry& g) {
-  if (const auto y = convolve_few_pixels(x, weight, bias, g)) {
-    count_call(Algorithm::kFewPixels);
-    return *y;
-  }
-  count_call(Algorithm::kTorch);
+// The dense product by torch's convolution, or at very few pixels by few_pixels.h.
+Tensor convolution(Algorithm algorithm, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const ConvGeometry& g) {
+  if (algorithm == Algorithm::kFewPixels) return convolve_few_pixels(x, weight, bias, g);
   using torch::stable::detail::from;
   std::array<StableIValue, 9> stack{from(x),         from(weight),     from(bias),         from(g.stride),
                                     from(g.padding), from(g.dilation), from(g.transposed), from(g.output_padding),
@@ -83,15 +87,10 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Te
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The whole op where products of our own are the fastest: scales and epilogue happen inside them. Nothing where torch's
-// convolution, or at very few pixels few_pixels.h, is better.
-std::optional<std::tuple<Tensor, Tensor>> fused_products(const Tensor& x, const Tensor& weight,
-                                                         const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                                                         const EpilogueArgs& args, bool save_conv) {
-  if (few_pixels_takes(x, weight, std::nullopt, g)) return std::nullopt;
-  const bool unfolded = unfolded_conv_takes(x, weight, g);
-  const int64_t tile = unfolded ? 0 : winograd_tile(x, weight, g);
-  if (!unfolded && !tile && !direct_conv_takes(x, weight, g)) return std::nullopt;
+// The whole op by products of our own: scales and epilogue happen inside them.
+std::tuple<Tensor, Tensor> fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& weight,
+                                          const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+                                          const EpilogueArgs& args, bool save_conv) {
   const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
                                   result_size(x, weight, g, 1)};
   const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false),
@@ -100,11 +99,10 @@ std::optional<std::tuple<Tensor, Tensor>> fused_products(const Tensor& x, const 
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
   const PlanarResult result(dense, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);
-  count_call(unfolded ? Algorithm::kUnfolded : tile ? Algorithm::kWinograd : Algorithm::kDirect);
-  if (unfolded) {
+  if (choice.algorithm == Algorithm::kUnfolded) {
     unfolded_conv(x, weight, in_scale, g, result);
-  } else if (tile) {
-    winograd_conv(x, weight, in_scale, g, tile, result);
+  } else if (choice.algorithm == Algorithm::kWinograd) {
+    winograd_conv(x, weight, in_scale, g, choice.tile, result);
   } else {
     direct_conv(x, weight, in_scale, g, result);
   }
@@ -117,22 +115,28 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
                                          const std::optional<Tensor>& residual, std::vector<int64_t> stride,
                                          std::vector<int64_t> padding, std::vector<int64_t> output_padding,
                                          std::vector<int64_t> dilation, bool transposed, int64_t groups,
-                                         std::string act_name, double alpha, double gain, std::optional<double> clamp,
-                                         double residual_gain, bool save_conv) {
+                                         std::string precision, std::string act_name, double alpha, double gain,
+                                         std::optional<double> clamp, double residual_gain, bool save_conv) {
   const Act act = parse_act("scaled_conv2d", act_name);
   const ScalarType dtype = x.scalar_type();
   const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups};
-  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const bool half = is_half(x);
+  // A bias alone rides along in torch's convolution: no pass of ours is the cheapest pass.
   const bool only_bias =
       act == Act::kLinear && gain == 1.0 && !clamp && !out_scale && !noise && !residual && !half && !save_conv;
+  const std::optional<Tensor> riding = only_bias ? bias : std::nullopt;
+  const Tensor wide_x = half ? scaled_input(x, in_scale) : x, wide_weight = scaled_input(weight, std::nullopt);
+  const ConvChoice choice = choose_convolution(wide_x, wide_weight, riding, geometry, half,
+                                               asks_for_high("scaled_conv2d", precision), nullptr);
+  count_call(choice.algorithm);
   const EpilogueArgs args{out_scale,    noise,    noise_strength,
                           bias,         residual, act,
                           alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
-  if (const auto found = fused_products(x, weight, in_scale, geometry, args, save_conv)) return *found;
-  // A bias alone rides along in torch's convolution: no pass of ours is the cheapest pass.
-  Tensor c = convolution(scaled_input(x, in_scale), scaled_input(weight, std::nullopt), only_bias ? bias : std::nullopt,
-                         geometry);
+  if (choice.algorithm != Algorithm::kFewPixels && choice.algorithm != Algorithm::kTorch) {
+    return fused_products(choice, x, weight, in_scale, geometry, args, save_conv);
+  }
+  Tensor c = convolution(choice.algorithm, half ? wide_x : scaled_input(x, in_scale), wide_weight, riding, geometry);
   const Tensor nothing = torch::stable::new_empty(c, {0});
   if (only_bias) return {c, nothing};
 
@@ -145,10 +149,25 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
   return {y, save_conv ? c : nothing};
 }
 
+// What scaled_conv2d would choose for these tensors, as conv_choice.h's `tell` says it; nothing is computed.
+std::string explain_scaled_conv2d(const Tensor& x, const Tensor& weight, std::vector<int64_t> stride,
+                                  std::vector<int64_t> padding, std::vector<int64_t> output_padding,
+                                  std::vector<int64_t> dilation, bool transposed, int64_t groups,
+                                  std::string precision) {
+  const bool half = is_half(x);
+  Candidates told;
+  const ConvChoice choice =
+      choose_convolution(half ? empty_input(x) : x, half ? empty_input(weight) : weight, std::nullopt,
+                         {stride, padding, output_padding, dilation, transposed, groups}, half,
+                         asks_for_high("scaled_conv2d", precision), &told);
+  return tell(choice, told);
+}
+
 Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::optional<Tensor>& in_scale,
                                  const std::optional<Tensor>& g_scale, std::vector<int64_t> weight_size,
                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                 std::vector<int64_t> dilation, int64_t groups) {
+                                 std::vector<int64_t> dilation, int64_t groups, std::string precision) {
+  asks_for_high("scaled_conv2d_weight_grad", precision);  // Its products are all exact ones: nothing to choose.
   if (const auto grad = direct_weight_grad(x, g, in_scale, g_scale, weight_size,
                                            {stride, padding, {0, 0}, dilation, false, groups})) {
     return *grad;
@@ -183,6 +202,7 @@ Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::op
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("scaled_conv2d", TORCH_BOX(&scaled_conv2d));
   m.impl("scaled_conv2d_weight_grad", TORCH_BOX(&scaled_conv2d_weight_grad));
+  m.impl("_explain_scaled_conv2d", TORCH_BOX(&explain_scaled_conv2d));
 }
 
 }  // namespace fastgan

@@ -230,16 +230,19 @@ void Call::write(int64_t channel, const float* sums, std::vector<float>& line, P
 
 }  // namespace
 
-bool unfolded_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (x.scalar_type() != ScalarType::Float || !weight.is_contiguous()) return false;
-  if (suggests_channels_last(x) || suggests_channels_last(weight)) return false;
-  if (!is_plain_convolution(x, weight, std::nullopt, g) || g.stride[0] != g.stride[1]) return false;
-  if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return false;
-  if (weight.size(2) * weight.size(3) > kPanelDepth) return false;
-  if (g.transposed && weight.numel() < kLeastTransposed) return false;
+Refusal refused_by_unfolded_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+  if (!weight.is_contiguous()) return {"it takes a contiguous weight"};
+  if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return {"transposed, it takes no dilation"};
+  const int64_t taps = weight.size(2) * weight.size(3);
+  if (taps > kPanelDepth) return {"it takes at most # taps, got #", kPanelDepth, taps};
+  if (g.transposed && weight.numel() < kLeastTransposed) {
+    return {"transposed, it takes weights of at least # values, got #", kLeastTransposed, weight.numel()};
+  }
   const int64_t pixels =
       x.size(0) * (g.transposed ? x.size(2) * x.size(3) : result_size(x, weight, g, 0) * result_size(x, weight, g, 1));
-  return pixels <= kMostPixels;
+  if (pixels > kMostPixels) return {"it takes at most # pixels, got #", kMostPixels, pixels};
+  return {};
 }
 
 void unfolded_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,

@@ -9,8 +9,9 @@
 
 namespace fastgan {
 
-// Whether the call is one that unfolded_conv is faster at than torch: float, no groups, equal strides, few pixels.
-bool unfolded_conv_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+// Nothing for a call that unfolded_conv is faster at than torch (float, NCHW, no groups, equal strides, few pixels),
+// else what keeps it from being one.
+Refusal refused_by_unfolded_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 // result = epilogue(conv(in_scale * x, weight)); x of any strides.
 void unfolded_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,

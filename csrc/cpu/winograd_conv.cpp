@@ -401,6 +401,12 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 constexpr double kWeightCost = 45, kKeptCost = 18, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
 // Direct convolution, and a transposed one, by torch's own kernels.
 constexpr double kDirectCost = 0.95, kTransposedCost = 1.15;
+constexpr double kCostPerMs = 60e6;
+
+// precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
+// is 2.6e-6 to 7.5e-6 whatever the layer, up to 20 times that of torch's convolution, which lies anywhere from 2e-7 to
+// 4e-6; that of tiles of 2 and 3 is at most 1.3e-6 and 2.5 times torch's.
+constexpr int64_t kLargestHighTile = 3;
 
 double direct_cost(const ConvPlan& conv) {
   const double cost = conv.out_stride > 1 ? kTransposedCost : kDirectCost;
@@ -415,27 +421,49 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) 
          plan.values * depth * tiles * kTileCost;
 }
 
+Refusal refusal_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+  if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
+  if (g.dilation[0] != 1 || g.dilation[1] != 1)
+    return {"it takes dilation = 1, got # and #", g.dilation[0], g.dilation[1]};
+  if (weight.size(2) != weight.size(3)) return {"it takes square kernels, got #x#", weight.size(2), weight.size(3)};
+  if (!taps_per_axis(ConvPlan(x, weight, g), weight.size(2))) {
+    return {"it takes kernels of 2 to 4 taps per stride, got # for stride #", weight.size(2), g.stride[0]};
+  }
+  return {};
+}
+
 }  // namespace
 
-int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (x.scalar_type() != ScalarType::Float || !has_dense_kernels(weight)) return 0;
-  if (suggests_channels_last(x) || suggests_channels_last(weight)) return 0;
-  if (!is_plain_convolution(x, weight, std::nullopt, g)) return 0;
-  if (g.stride[0] != g.stride[1] || g.dilation[0] != 1 || g.dilation[1] != 1) return 0;
-  if (weight.size(2) != weight.size(3)) return 0;
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high, Candidates* told) {
+  const auto tell = [&](const Candidate& candidate) {
+    if (told) told->push_back(candidate);
+  };
+  if (const Refusal refusal = refusal_of(x, weight, g)) {
+    tell({.algorithm = Algorithm::kWinograd, .refusal = refusal});
+    return 0;
+  }
   const ConvPlan conv(x, weight, g);
-  const int64_t per_axis = taps_per_axis(conv, weight.size(2));
-  if (!per_axis) return 0;
+  const int64_t per_axis = taps_per_axis(conv, weight.size(2)), r = per_axis == 3 ? 3 : 2;
   int64_t best = 0;
   double least = direct_cost(conv);
-  if (least < kCallCost) return 0;
+  tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
+  if (least < kCallCost) {
+    tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than torch's whole convolution"}});
+    return 0;
+  }
   const bool kept = is_kept(weight.const_data_ptr<float>());
-  for (const int64_t m : {2, per_axis == 3 ? 4 : 3}) {
+  for (const int64_t m : {int64_t{2}, int64_t{r == 3 ? 4 : 3}}) {
     const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), kept);
-    if (cost < least) {
+    Candidate candidate{.algorithm = Algorithm::kWinograd, .m = m, .r = r, .predicted_ms = cost / kCostPerMs};
+    if (high && m > kLargestHighTile) {
+      candidate.refusal = {"precision high takes tiles of at most #: its error would not stay within 3x torch's",
+                           kLargestHighTile};
+    } else if (cost < least) {
       least = cost;
       best = m;
     }
+    tell(candidate);
   }
   return best;
 }

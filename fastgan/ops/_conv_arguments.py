@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,39 @@ class ConvArguments:
     def as_kwargs(self) -> dict:
         """The reference's keyword arguments."""
         return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The linear part's fixed arguments, in the order of the op's schema; all that follows from a call has its
+    precision, the gradients too."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    dilation: tuple[int, int]
+    transposed: bool
+    groups: int
+    precision: str  # see fastgan.precision
+
+    def adjoint(self, input_hw: torch.Size, output_hw: torch.Size, kernel_hw: torch.Size) -> Geometry:
+        """The convolution that maps cotangents of the output back to the input, with the same weight."""
+        if self.transposed:
+            return replace(self, output_padding=(0, 0), transposed=False)
+        extra = tuple(
+            input_hw[i]
+            + 2 * self.padding[i]
+            - self.dilation[i] * (kernel_hw[i] - 1)
+            - 1
+            - (output_hw[i] - 1) * self.stride[i]
+            for i in (0, 1)
+        )
+        return replace(self, output_padding=extra, transposed=True)
+
+    def as_args(self) -> tuple:
+        """The op's arguments from stride to precision."""
+        options = (self.stride, self.padding, self.output_padding, self.dilation, self.transposed, self.groups)
+        return (*options, self.precision)
 
 
 def resolve(stride, padding, output_padding, dilation, padding_mode, transposed, groups) -> ConvArguments:

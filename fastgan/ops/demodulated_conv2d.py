@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._conv_arguments import kernel_tensors
 from fastgan.ops._epilogue import contiguous
@@ -67,7 +68,7 @@ def demodulated_conv2d(
         keep(weight)
     y = _op(
         x, weight, *scales, prenormalize, float(eps), d_gain, *tensors, (stride, stride), (top, left), transposed,
-        *pointwise,
+        backends.precision_in_force(), *pointwise,
     )  # fmt: skip
     if _check.DEBUG:
         _check.no_nan("modulated_conv2d", y)
@@ -76,8 +77,8 @@ def demodulated_conv2d(
 
 def _convolve(x: Tensor, weight: Tensor, scales: tuple[Tensor | None, Tensor | None], rest: tuple) -> Tensor:
     """``fastgan::scaled_conv2d`` with the arguments behind d_gain."""
-    *tensors, stride, padding, transposed, act, alpha, gain, clamp, residual_gain = rest
-    geometry = (stride, padding, (0, 0), (1, 1), transposed, 1)
+    *tensors, stride, padding, transposed, precision, act, alpha, gain, clamp, residual_gain = rest
+    geometry = (stride, padding, (0, 0), (1, 1), transposed, 1, precision)
     settings = (act, alpha, gain, clamp, residual_gain, False)
     return torch.ops.fastgan.scaled_conv2d.default(x, weight, *scales, *tensors, *geometry, *settings)[0]
 
@@ -107,7 +108,8 @@ _op = define(
     "demodulated_conv2d",
     "(Tensor x, Tensor weight, Tensor style, Tensor? in_scale, Tensor energy, Tensor peak, str prenormalize, float eps,"
     " float d_gain, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual, int[2] stride,"
-    " int[2] padding, bool transposed, str act, float alpha, float gain, float? clamp, float residual_gain) -> Tensor",
+    " int[2] padding, bool transposed, str precision, str act, float alpha, float gain, float? clamp,"
+    " float residual_gain) -> Tensor",
     fallback=_fallback,
     fake=_fake,
     setup_context=_setup,

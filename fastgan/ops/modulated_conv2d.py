@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from fastgan import backends
 from fastgan.ops import _check
-from fastgan.ops._epilogue import check_epilogue
+from fastgan.ops._epilogue import check_epilogue, is_channels_last
 from fastgan.ops._plans import epilogue_parts, find_plan
 from fastgan.ops.demodulated_conv2d import demodulated_conv2d
 from fastgan.ops.demodulation import WeightEnergy, demodulation
-from fastgan.ops.scaled_conv2d import scaled_conv2d
+from fastgan.ops.scaled_conv2d import explain_algorithm, scaled_conv2d
 from fastgan.ops.upfirdn2d import check_filter, filter_size, upfirdn2d
 from fastgan.reference import modulated_conv2d as reference
 from fastgan.reference.epilogue import Epilogue
@@ -109,14 +110,39 @@ def modulated_conv2d(
         convolve = partial(scaled_conv2d, in_scale=in_scale, out_scale=out_scale, backend=backend)
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     weight = weight.flip((2, 3)) if plan.flip else weight
-    stride, padding, fir = plan.stride, plan.padding, plan.fir
-    if up == down == 1:
-        return convolve(x, weight, padding=padding, epilogue=epilogue)
+    weight = weight.transpose(0, 1) if plan.transposed else weight
+    if up > 1:
+        y = convolve(x, weight, **plan.conv)
+        return upfirdn2d(y, resample_filter, **plan.fir, epilogue=epilogue, backend=backend)
     if down > 1:
-        x = upfirdn2d(x, resample_filter, **fir, backend=backend)
-        return convolve(x, weight, stride=stride, epilogue=epilogue)
-    x = convolve(x, weight.transpose(0, 1), stride=stride, transposed=True) if plan.transposed else convolve(x, weight)
-    return upfirdn2d(x, resample_filter, **fir, epilogue=epilogue, backend=backend)
+        x = upfirdn2d(x, resample_filter, **plan.fir, backend=backend)
+    return convolve(x, weight, **plan.conv, epilogue=epilogue)
+
+
+@backends.explains_algorithm("modulated_conv2d")
+def _explain_algorithm(*args: Any, **kwargs: Any) -> tuple[str, dict[str, str]]:
+    """The CPU library's choice for the convolution within this call of :func:`modulated_conv2d`, which the scales have
+    no part in: the algorithm, and the verdict on each."""
+    call = inspect.signature(modulated_conv2d).bind(*args, **kwargs)
+    call.apply_defaults()
+    a = call.arguments
+    (x,), weight = _check.autocast(a["x"]), a["weight"]
+    tensors, settings = epilogue_parts(_NOTHING if a["epilogue"] is None else a["epilogue"])
+    names = ("demodulate", "up", "down", "padding", "eps", "prenormalize", "flip_weight")
+    options = (*(a[name] for name in names), *settings, a["backend"])
+    energy = (None, None) if a["weight_energy"] is None else a["weight_energy"]
+    operands = (x, weight, a["style"], a["input_gain"], a["resample_filter"], *energy, *tensors)
+    plan = find_plan("modulated_conv2d", _make_plan, operands, options)
+    # What the call would compute first, without its values.
+    if plan.flip or weight.dtype != x.dtype:
+        weight = torch.empty_like(weight, dtype=x.dtype)
+    weight = weight.transpose(0, 1) if plan.transposed else weight
+    if a["down"] > 1:
+        taps = None if a["resample_filter"] is None else a["resample_filter"].to("meta")
+        filtered = upfirdn2d(x.to("meta"), taps, **plan.fir)
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        x = torch.empty(filtered.shape, dtype=x.dtype, memory_format=layout)
+    return explain_algorithm(x, weight, **plan.conv)
 
 
 class _Plan(NamedTuple):
@@ -126,8 +152,7 @@ class _Plan(NamedTuple):
     prenormalize: str
     flip: bool  # the weight is turned around
     transposed: bool
-    stride: int
-    padding: reference.Sides  # of the convolution
+    conv: dict[str, Any]  # the options of the convolution
     fir: dict[str, Any]  # the options of the upfirdn2d before or behind it
 
 
@@ -167,18 +192,21 @@ def _make_plan(
     chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
     correlates = up == 1 if flip_weight is None else flip_weight
     pointwise = kernel == (1, 1)
-    transposed, stride, fir = up > 1 and not pointwise, 1, {}
-    if down > 1:
+    transposed, conv, fir = up > 1 and not pointwise, {}, {}
+    if up == down == 1:
+        conv = {"padding": sides}
+    elif down > 1:
         before, stride = (down, 1) if pointwise else (1, down)
+        conv = {"stride": stride}
         fir = {"down": before, "padding": reference.downsampling_padding(sides, taps, down)}
     elif transposed:
-        stride = up
+        conv = {"stride": up, "transposed": True}
         fir = {"padding": reference.transposed_filter_padding(sides, kernel, taps, up), "gain": up * up}
     elif up > 1:
         fir = {"up": up, "padding": reference.upsampling_padding(sides, taps, up), "gain": up * up}
     # A transposed convolution spreads its weight as it is, which is a convolution with it, not a correlation.
     flip = not pointwise and correlates == transposed
-    return _Plan(chosen == "reference", prenormalize, flip, transposed, stride, sides, fir)
+    return _Plan(chosen == "reference", prenormalize, flip, transposed, conv, fir)
 
 
 def _scales(

@@ -8,14 +8,17 @@ is closed under differentiation: ``scaled_conv2d``, ``scaled_conv2d_weight_grad`
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from fastgan import backends
+from fastgan import _native, backends
 from fastgan.ops import _check
-from fastgan.ops._conv_arguments import ConvArguments, check_call, kernel_tensors
+from fastgan.ops._conv_arguments import ConvArguments, Geometry, check_call, kernel_tensors
 from fastgan.ops._conv_arguments import resolve as resolve_arguments
 from fastgan.ops._epilogue import Activated, epilogue_grads
 from fastgan.ops._kept_weights import keep
@@ -75,9 +78,9 @@ def scaled_conv2d(
         backend: "reference", "cpp" or "triton"; None chooses.
 
     Returns:
-        [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), half types are rounded
-        once. A NaN stays within its sample (in the weight or a shared scale it reaches every sample); with
-        FASTGAN_DEBUG=1 it raises.
+        [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), as exactly as
+        :func:`fastgan.precision` says; half types are rounded once. A NaN stays within its sample (in the weight or a
+        shared scale it reaches every sample); with FASTGAN_DEBUG=1 it raises.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a backend that cannot run.
@@ -116,7 +119,8 @@ class _Plan:
 
     backend: str
     args: ConvArguments
-    settings: tuple  # the op's arguments behind its tensors, without save_conv
+    geometry: Geometry
+    settings: tuple  # the op's arguments behind its tensors and its geometry, without save_conv
     explicit_padding: bool  # pad x first: torch's convolution pads with zeros and symmetrically only
     from_output: bool  # the backward can work from y alone
 
@@ -150,9 +154,11 @@ def _make_plan(
     explicit_padding = args.padding_mode != "zeros" or left != right or top != bottom
     padding = (0, 0) if explicit_padding else (top, left)
     act = Activated(epilogue.act, *resolve(epilogue.act, epilogue.alpha, epilogue.gain), epilogue.clamp)
-    geometry = Geometry(args.stride, padding, args.output_padding, args.dilation, args.transposed, args.groups)
-    settings = (*geometry.as_args(), *act, float(epilogue.residual_gain))
-    return _Plan(chosen, args, settings, explicit_padding, act.known_from_output(epilogue.residual is not None))
+    options = (args.stride, padding, args.output_padding, args.dilation, args.transposed, args.groups)
+    geometry = Geometry(*options, backends.precision_in_force())
+    settings = (*act, float(epilogue.residual_gain))
+    from_output = act.known_from_output(epilogue.residual is not None)
+    return _Plan(chosen, args, geometry, settings, explicit_padding, from_output)
 
 
 def _run_op(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...], plan: _Plan) -> Tensor:
@@ -165,40 +171,29 @@ def _run_op(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...], plan: 
         save_conv = _needs_grad(others[1]) or (
             not plan.from_output and any(_needs_grad(t) for t in (x, weight, *others))
         )
-    return _conv_op(x, weight, *others, *plan.settings, save_conv)[0]
+    return _conv_op(x, weight, *others, *plan.geometry.as_args(), *plan.settings, save_conv)[0]
+
+
+@backends.explains_algorithm(_NAME)
+def explain_algorithm(*args: Any, **kwargs: Any) -> tuple[str, dict[str, str]]:
+    """The CPU library's choice for this call of :func:`scaled_conv2d`: the algorithm, and the verdict on each."""
+    call = inspect.signature(scaled_conv2d).bind(*args, **kwargs)
+    call.apply_defaults()
+    x, weight, in_scale, out_scale, *options, epilogue, backend = call.arguments.values()
+    x, weight = _check.autocast(x, weight)
+    epilogue = _NOTHING if epilogue is None else epilogue
+    plan = _find_plan(x, weight, in_scale, out_scale, tuple(options), epilogue, backend)
+    if plan.explicit_padding:
+        # Only its shape and layout; of the layout, padding on the meta device knows less than on the CPU.
+        padded = pad_input(x.to("meta"), plan.args.padding, plan.args.padding_mode)
+        x = torch.empty(padded.shape, dtype=x.dtype, memory_format=suggest_memory_format(x))
+    # As the call does: whether a weight's transforms are kept is part of what they cost.
+    keep(weight)
+    return _native.explain_convolution(x, weight, *plan.geometry.as_args())
 
 
 def _needs_grad(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The linear part's fixed arguments, in the order of the op's schema."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    output_padding: tuple[int, int]
-    dilation: tuple[int, int]
-    transposed: bool
-    groups: int
-
-    def adjoint(self, input_hw: torch.Size, output_hw: torch.Size, kernel_hw: torch.Size) -> Geometry:
-        """The convolution that maps cotangents of the output back to the input, with the same weight."""
-        if self.transposed:
-            return Geometry(self.stride, self.padding, (0, 0), self.dilation, False, self.groups)
-        extra = tuple(
-            input_hw[i]
-            + 2 * self.padding[i]
-            - self.dilation[i] * (kernel_hw[i] - 1)
-            - 1
-            - (output_hw[i] - 1) * self.stride[i]
-            for i in (0, 1)
-        )
-        return Geometry(self.stride, self.padding, extra, self.dilation, True, self.groups)
-
-    def as_args(self) -> tuple:
-        return (self.stride, self.padding, self.output_padding, self.dilation, self.transposed, self.groups)
 
 
 def _linear(
@@ -233,14 +228,12 @@ def _linear_and_scale_grad(
 
 
 def _conv_fallback(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):
-    stride, padding, output_padding, dilation, transposed, groups, act, alpha, gain, clamp, residual_gain, save_conv = (
-        settings
-    )
+    stride, padding, output_padding, dilation, transposed, groups, _, *pointwise, residual_gain, save_conv = settings
     wide = _check.accumulate_dtype(x.dtype)
     (top, left), args = padding, (tuple(stride), (0, 0, 0, 0), tuple(output_padding), tuple(dilation))
     args = ConvArguments(args[0], (left, left, top, top), args[2], args[3], "zeros", transposed, groups)
     c = reference_scaled_conv2d(x.to(wide), weight.to(wide), in_scale, None, **args.as_kwargs(), epilogue=Epilogue())
-    epilogue = Epilogue(noise, noise_strength, bias, act, alpha, gain, clamp, residual, residual_gain)
+    epilogue = Epilogue(noise, noise_strength, bias, *pointwise, residual, residual_gain)
     scaled = c if out_scale is None else c * out_scale[:, :, None, None]
     y = apply_epilogue(scaled, epilogue).to(x.dtype)
     y = y.clone(memory_format=torch.preserve_format) if y is c else y
@@ -258,8 +251,8 @@ def _conv_fake(x, weight, in_scale, out_scale, noise, noise_strength, bias, resi
 
 def _conv_setup(ctx, inputs, output) -> None:
     x, weight, in_scale, out_scale, noise, strength, bias, residual, *settings = inputs
-    ctx.geometry, ctx.act = Geometry(*settings[:6]), Activated(*settings[6:10])
-    ctx.residual_gain, ctx.save_conv, ctx.has_residual = settings[10], settings[11], residual is not None
+    ctx.geometry, ctx.act = Geometry(*settings[:7]), Activated(*settings[7:11])
+    ctx.residual_gain, ctx.save_conv, ctx.has_residual = settings[11], settings[12], residual is not None
     y, c = output
     if not ctx.save_conv:
         ctx.mark_non_differentiable(c)
@@ -296,7 +289,7 @@ def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
         scaled = 0 if g is None else (g if out_scale is None else g * out_scale[:, :, None, None])
         g, g_scale = (grad_c + scaled).to(x.dtype), None
     if g is None:
-        return (*grads, *[None] * 12)
+        return (*grads, *[None] * 13)
 
     if need_x or need_in:
         adjoint = ctx.geometry.adjoint(x.shape[2:], g.shape[2:], weight.shape[2:])
@@ -306,7 +299,7 @@ def _conv_backward(ctx, grad_y: Tensor | None, grad_c: Tensor | None):
         if ctx.geometry.transposed:
             big, big_scale, small, small_scale = (g, g_scale, x, in_scale)
         grads[1] = weight_grad(big, small, big_scale, small_scale, weight.shape, *_weight_geometry(ctx.geometry))
-    return (*grads, *[None] * 12)
+    return (*grads, *[None] * 13)
 
 
 def _epilogue_backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -346,8 +339,8 @@ _conv_op = define(
     _NAME,
     "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor? noise, Tensor? noise_strength,"
     " Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, SymInt[2] output_padding, int[2] dilation,"
-    " bool transposed, int groups, str act, float alpha, float gain, float? clamp, float residual_gain, bool save_conv)"
-    " -> (Tensor, Tensor)",
+    " bool transposed, int groups, str precision, str act, float alpha, float gain, float? clamp, float residual_gain,"
+    " bool save_conv) -> (Tensor, Tensor)",
     fallback=_conv_fallback,
     fake=_conv_fake,
     setup_context=_conv_setup,
@@ -387,7 +380,7 @@ def _dot_backward(ctx, *gradients):
 _dot_op = define(
     "scaled_conv2d_dot",
     "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor dot_with, int[2] stride, int[2] padding,"
-    " SymInt[2] output_padding, int[2] dilation, bool transposed, int groups) -> (Tensor, Tensor)",
+    " SymInt[2] output_padding, int[2] dilation, bool transposed, int groups, str precision) -> (Tensor, Tensor)",
     fallback=_dot_fallback,
     fake=_dot_fake,
     setup_context=_dot_setup,
@@ -403,10 +396,10 @@ _dot_op = define(
 
 
 def _weight_geometry(geometry: Geometry) -> tuple:
-    return geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    return geometry.stride, geometry.padding, geometry.dilation, geometry.groups, geometry.precision
 
 
-def _weight_fallback(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups):
+def _weight_fallback(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups, precision):
     wide = _check.accumulate_dtype(x.dtype)
     x, g = x.to(wide), g.to(wide)
     x = x if in_scale is None else x * in_scale[:, :, None, None]
@@ -417,7 +410,7 @@ def _weight_fallback(x, g, in_scale, g_scale, weight_size, stride, padding, dila
     )[1]
 
 
-def _weight_fake(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups):
+def _weight_fake(x, g, in_scale, g_scale, weight_size, *geometry):
     return x.new_empty(weight_size, dtype=_check.accumulate_dtype(x.dtype))
 
 
@@ -429,8 +422,8 @@ def _weight_setup(ctx, inputs, output) -> None:
 def _weight_backward(ctx, grad: Tensor):
     x, g, in_scale, g_scale = ctx.saved_tensors
     need_x, need_g, need_in, need_g_scale = ctx.needs_input_grad[:4]
-    stride, padding, dilation, groups = ctx.geometry
-    forward = Geometry(tuple(stride), tuple(padding), (0, 0), tuple(dilation), False, groups)
+    stride, padding, dilation, groups, precision = ctx.geometry
+    forward = Geometry(tuple(stride), tuple(padding), (0, 0), tuple(dilation), False, groups, precision)
     weight = grad.to(x.dtype)
     grad_x = grad_g = grad_in = grad_g_scale = None
     if need_x or need_in:
@@ -440,13 +433,13 @@ def _weight_backward(ctx, grad: Tensor):
         grad_g, grad_g_scale = _linear_and_scale_grad(
             x, weight, in_scale, g_scale, forward, g if need_g_scale else None
         )
-    return grad_x, grad_g, grad_in, grad_g_scale, None, None, None, None, None
+    return grad_x, grad_g, grad_in, grad_g_scale, *[None] * 6
 
 
 _weight_grad_op = define(
     "scaled_conv2d_weight_grad",
     "(Tensor x, Tensor g, Tensor? in_scale, Tensor? g_scale, SymInt[] weight_size, int[2] stride, int[2] padding,"
-    " int[2] dilation, int groups) -> Tensor",
+    " int[2] dilation, int groups, str precision) -> Tensor",
     fallback=_weight_fallback,
     fake=_weight_fake,
     setup_context=_weight_setup,
@@ -455,6 +448,6 @@ _weight_grad_op = define(
 )
 
 
-def weight_grad(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups) -> Tensor:
+def weight_grad(x, g, in_scale, g_scale, weight_size, *geometry) -> Tensor:
     """The weight's gradient in x's dtype, rounded once from the float32 that the op gives."""
-    return _weight_grad_op(x, g, in_scale, g_scale, weight_size, stride, padding, dilation, groups).to(x.dtype)
+    return _weight_grad_op(x, g, in_scale, g_scale, weight_size, *geometry).to(x.dtype)

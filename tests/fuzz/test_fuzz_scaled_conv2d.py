@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from oracle import check, reaching
 from pointwise import around
 
+import fastgan
+from fastgan._native import algorithm_calls, winograd_tile_calls
+from fastgan.backends import PRECISIONS
+
 # What the library's own products ask for beside sizes.
 OWN: dict[str, Any] = {
     "dtype": torch.float32,
@@ -191,4 +195,37 @@ def test_dense_weight_gradients() -> None:
         check(case)
 
     with reaching("dense_weight_grad", "torch_weight_grad"):
+        draw()
+
+
+def test_explain() -> None:
+    """What fastgan.explain names is what serves the call, in either precision."""
+    names = ("few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch")
+
+    @share(10)
+    @given(
+        st.one_of(conv_cases(), few_pixels(), unfolded(), direct(), winograd()),
+        st.sampled_from(PRECISIONS),
+        st.booleans(),
+    )
+    @example(ConvCase(n=1, c_in=9, c_out=9, h=4, w=4, **PADDED), "fp32", False)
+    @example(ConvCase(n=1, c_in=20, c_out=20, h=9, w=9, **PADDED), "fp32", False)
+    @example(ConvCase(n=1, c_in=3, c_out=20, h=20, w=24, **PADDED), "high", False)
+    @example(ConvCase(n=2, c_in=128, c_out=130, h=19, w=20, **PADDED), "fp32", False)
+    @example(ConvCase(n=2, c_in=128, c_out=130, h=19, w=20, **PADDED), "high", True)
+    @example(ConvCase(n=1, c_in=20, c_out=20, h=19, w=20, **PADDED), "fp32", True)
+    def draw(case: ConvCase, precision: str, inferring: bool) -> None:
+        tensors = case.inputs()
+        if inferring:
+            tensors["weight"] = torch.nn.Parameter(tensors["weight"])
+        linear = [tensors.get(name) for name in ("x", "weight", "in_scale", "out_scale")]
+        with fastgan.precision(precision), torch.set_grad_enabled(not inferring):
+            named = fastgan.explain("scaled_conv2d", *linear, **case.options(), backend="cpp").algorithm
+            calls, tiles = algorithm_calls(), winograd_tile_calls()
+            case.call(tensors, "cpp")
+        (served,) = (name for name in names if algorithm_calls()[name] > calls[name])
+        used = [tile for tile, count in winograd_tile_calls().items() if count > tiles[tile]]
+        assert named == "".join([served, *(f" F({m}x{m}, {r}x{r})" for m, r in used)])
+
+    with reaching(*names):
         draw()

@@ -17,6 +17,7 @@ from fastgan.kernels._dot import convolution_precision
 from fastgan.kernels._launch import recorded
 from torch import Tensor
 
+import fastgan
 from fastgan import ops
 from fastgan.kernels import _tiles
 from fastgan.kernels import scaled_conv2d as kernel
@@ -424,6 +425,21 @@ def test_tf32_only_where_torch_allows_it():
     with float32_precision("tf32"):
         assert convolution_precision(x) == "tf32"
         assert convolution_precision(x.half()) == "ieee"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "high"])
+def test_high_precision_multiplies_float32_exactly_whatever_torch_allows(precision):
+    """In the forward, in both gradients, which are asked for elsewhere, and where the launch demodulates."""
+    leaves = typed(make_inputs("3x3", POINTWISE["stylegan"]), torch.float32)
+    weight, style = leaves["weight"].detach(), leaves["in_scale"].detach()
+    with float32_precision("tf32"), recorded() as launches:
+        with fastgan.precision(precision):
+            y = call(leaves, "3x3", POINTWISE["stylegan"], backend="triton")
+            with torch.no_grad():
+                ops.modulated_conv2d(leaves["x"], weight, style, weight_energy=ops.weight_energy(weight))
+        torch.autograd.grad(y.sum(), [leaves["x"], leaves["weight"], leaves["in_scale"]])
+    products = [launch.constants["PRECISION"] for launch in launches if "PRECISION" in launch.constants]
+    assert products == ["ieee" if precision == "high" else "tf32"] * 4
 
 
 def test_a_pixel_tile_covers_with_little_beyond():

@@ -135,7 +135,7 @@ def test_zero_styles_and_empty_batches() -> None:
 
 def test_opcheck() -> None:
     x, weight, style = (t.float() for t in operands())
-    settings = ("stylegan2_fp16", 1e-4, 1.0, *[None] * 4, (1, 1), (1, 1), False, "lrelu", 0.2, 1.0, 0.5, 1.0)
+    settings = ("stylegan2_fp16", 1e-4, 1.0, *[None] * 4, (1, 1), (1, 1), False, "fp32", "lrelu", 0.2, 1.0, 0.5, 1.0)
     torch.library.opcheck(
         torch.ops.fastgan.demodulated_conv2d.default, (x, weight, style, None, *ops.weight_energy(weight), *settings)
     )

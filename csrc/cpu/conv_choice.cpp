@@ -1,0 +1,114 @@
+#include "conv_choice.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+
+#include "direct_conv.h"
+#include "few_pixels.h"
+#include "unfolded_conv.h"
+#include "winograd_conv.h"
+
+namespace fastgan {
+namespace {
+
+void append(std::string& to, const Refusal& refusal) {
+  int64_t number = refusal.first;
+  for (const char* c = refusal.text; *c; ++c) {
+    if (*c != '#') {
+      to += *c;
+      continue;
+    }
+    to += std::to_string(number);
+    number = refusal.second;
+  }
+}
+
+std::string name_of(Algorithm algorithm, int64_t m, int64_t r) {
+  std::string name(algorithm_name(algorithm));
+  if (!m) return name;
+  std::array<char, 64> tile;
+  const auto side = static_cast<int>(m), taps = static_cast<int>(r);
+  std::snprintf(tile.data(), tile.size(), " F(%dx%d, %dx%d)", side, side, taps, taps);
+  return name += tile.data();
+}
+
+std::string verdict(const Candidate& candidate) {
+  std::string text;
+  if (candidate.predicted_ms > 0) {
+    std::array<char, 32> number;
+    std::snprintf(number.data(), number.size(), "predicted %.3g ms", candidate.predicted_ms);
+    text = number.data();
+    if (candidate.refusal) text += ", but ";
+  }
+  if (candidate.refusal) {
+    text += "cannot serve: ";
+    append(text, candidate.refusal);
+  }
+  return text.empty() ? "taken wherever it can serve, by measured bounds" : text;
+}
+
+}  // namespace
+
+bool asks_for_high(const char* op, const std::string& precision) {
+  STD_TORCH_CHECK(precision == "fp32" || precision == "high", op, ": precision must be one of fp32, high, got '",
+                  precision, "'");
+  return precision == "high";
+}
+
+ConvChoice choose_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                              const ConvGeometry& g, bool widened, bool high, Candidates* told) {
+  const auto takes = [&](Algorithm algorithm, const Refusal& refusal) {
+    if (told) told->push_back({.algorithm = algorithm, .refusal = refusal});
+    return !refusal;
+  };
+  if (takes(Algorithm::kFewPixels, refused_by_few_pixels(x, weight, g))) {
+    // Of a bias that does not fit, torch says what is wrong.
+    return {is_plain_convolution(x, weight, bias, g) ? Algorithm::kFewPixels : Algorithm::kTorch};
+  }
+  if (widened) {
+    constexpr Refusal kHalf{"it takes float32, not what half types are widened to"};
+    for (const auto algorithm : {Algorithm::kUnfolded, Algorithm::kWinograd, Algorithm::kDirect}) {
+      takes(algorithm, kHalf);
+    }
+    return {Algorithm::kTorch};
+  }
+  if (takes(Algorithm::kUnfolded, refused_by_unfolded_conv(x, weight, g))) return {Algorithm::kUnfolded};
+  if (const int64_t tile = winograd_tile(x, weight, g, high, told)) return {Algorithm::kWinograd, tile};
+  if (takes(Algorithm::kDirect, refused_by_direct_conv(x, weight, g))) return {Algorithm::kDirect};
+  return {Algorithm::kTorch};
+}
+
+std::string tell(const ConvChoice& choice, const Candidates& told) {
+  const auto is_chosen = [&](const Candidate& c) { return c.algorithm == choice.algorithm && c.m == choice.tile; };
+  const auto chosen = std::ranges::find_if(told, is_chosen);
+  const std::string name =
+      chosen == told.end() ? name_of(choice.algorithm, 0, 0) : name_of(choice.algorithm, chosen->m, chosen->r);
+  std::string text = name;
+  for (const auto algorithm :
+       {Algorithm::kFewPixels, Algorithm::kUnfolded, Algorithm::kWinograd, Algorithm::kDirect, Algorithm::kTorch}) {
+    bool found = false;
+    for (const Candidate& c : told) {
+      if (c.algorithm != algorithm) continue;
+      found = true;
+      text += '\n';
+      text += name_of(c.algorithm, c.m, c.r);
+      text += '\t';
+      text += verdict(c);
+    }
+    if (found) continue;
+    text += '\n';
+    text += name_of(algorithm, 0, 0);
+    text += '\t';
+    if (algorithm == Algorithm::kTorch) {
+      text += "serves whatever no other does";
+    } else {
+      text += "not asked: ";
+      text += name;
+      text += " comes first";
+    }
+  }
+  return text;
+}
+
+}  // namespace fastgan
