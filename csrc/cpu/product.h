@@ -21,8 +21,8 @@ constexpr int64_t kPanelRows = 6, kPanelDepth = 256, kPanelStride = 272;
 
 // sums[r, v * lanes + l] (+)= sum_k weights[r, k] * image[offsets[k] + columns[v] + l].
 struct PanelProducts {
-  const float* weights;  // [rows, kPanelStride], of which `depth` are used
-  int64_t rows;          // 1 ... kPanelRows
+  const float* weights;    // [rows, kPanelStride], of which `depth` are used
+  int64_t rows;            // 1 ... kPanelRows
   const int32_t* offsets;  // or none: k * step
   int64_t step = 0;
   int64_t depth;

@@ -140,8 +140,8 @@ struct Transforms {
                                     int64_t to_stride) {
     constexpr int kTaps = std::size(Across::g.at[0]);
     transform<V>(
-        Down::g, Across::g, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return taps + positions[i * kTaps + j]; }, vectors,
-        to, to_stride);
+        Down::g, Across::g, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return taps + positions[i * kTaps + j]; },
+        vectors, to, to_stride);
   }
 
   FASTGAN_INLINE static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {

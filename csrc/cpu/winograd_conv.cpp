@@ -34,8 +34,8 @@ int64_t part_depth(const ConvPlan& conv, const WinogradPlan& plan) {
   return round_up(conv.c_in, plan.parts.size() > 1 ? kGroup : product_lanes());
 }
 
-// Weights of all products, transformed, in the order in which they are read: [slabs / together, matrix of a phase, chunk,
-// together, depth of the chunk, slab].
+// Weights of all products, transformed, in the order in which they are read: [slabs / together, matrix of a phase,
+// chunk, together, depth of the chunk, slab].
 class WinogradWeights {
  public:
   WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan, int64_t together, const Tensor& weight,
@@ -141,9 +141,9 @@ struct Blocking {
   int64_t slabs;                       // of output channels whose sums are kept at a time
 };
 
-// A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has so
-// many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do not
-// meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
+// A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has
+// so many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do
+// not meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
 Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
   constexpr int64_t kTiles = 96 << 10, kWeights = 1 << 20, kFewTiles = 64;  // the first two in floats
   const bool many_weights = plan.weights * depth * conv.c_out > kWeights;
@@ -283,8 +283,8 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
           const auto& kernels = kernels_of(plan_, form);
           const float* const corner = b.patch.data() + (part.y + form.y - plan_.origin.y) * row_stride +
                                       (part.x + form.x - plan_.origin.x) * kGroup;
-          float* const to = b.tiles.get() + form.first * value +
-                            k / kPanelDepth * panels(block.tiles()) * kPanelSize + k % kPanelDepth;
+          float* const to = b.tiles.get() + form.first * value + k / kPanelDepth * panels(block.tiles()) * kPanelSize +
+                            k % kPanelDepth;
           for (int64_t l = 0; l < count; ++l) {
             for (int64_t c = 0; c < block.columns; ++c) {
               const int64_t tile = (done + l) * block.columns + c;
@@ -319,7 +319,8 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
   float* const sums = b.sums.get() + product.sums * sum_product();
   for (int64_t first = 0; first < depth_; first += kPanelDepth) {
     const int64_t count = std::min(kPanelDepth, depth_ - first);
-    const float* const from = b.tiles.get() + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
+    const float* const from =
+        b.tiles.get() + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
     // So many slabs of weights stay in the first-level cache while the tiles pass by.
     const int64_t together = std::max<int64_t>(1, kPanelDepth / count);
     std::vector<int32_t> columns;

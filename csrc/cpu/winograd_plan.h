@@ -36,8 +36,8 @@ struct WinogradPlan {
   int64_t weights;           // matrices of weights of all phases
   int64_t tiles_h, tiles_w;
   bool aligned;  // all phases' first tiles start at column 0
-  Part origin;  // the first row and the first column of any part
-  Part span;    // rows and columns from there on that the parts of one tile reach over
+  Part origin;   // the first row and the first column of any part
+  Part span;     // rows and columns from there on that the parts of one tile reach over
 
   // With tiles of `tile` x `tile` results; per_axis is taps_per_axis of the convolution, not 0.
   WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile);
