@@ -161,6 +161,28 @@ DIRECT = {
     "not square, transposed": Call(2, 20, 3, 9, 40, (5, 2), {"padding": 1, "stride": 2, "transposed": True}),
     "one line": Call(2, 3, 20, 1, 50, (3, 3), {"padding": 1}),
     "one column": Call(2, 3, 20, 50, 1, (3, 3), {"padding": 1}),
+    "few in, lines of some stretches": Call(2, 3, 20, 9, 150, (3, 3), {"padding": 1}),
+    "few in, joined lines of some stretches": Call(2, 6, 64, 21, 128, (1, 1)),
+    "few in, several blocks of rows": Call(1, 3, 130, 20, 64, (3, 3), {"padding": 1}),
+    "few in, 7x7": Call(1, 3, 64, 12, 70, (7, 7)),
+    # Lines that fill the registers of every instruction set.
+    "few out, 1x1": Call(2, 130, 3, 35, 127, (1, 1)),
+    "few out, one channel, several panels deep": Call(2, 530, 1, 5, 126, (1, 1)),
+    "few out, 7x7": Call(2, 40, 3, 21, 63, (7, 7), {"padding": 3}),
+    "few out, not square": Call(1, 300, 2, 20, 62, (5, 2)),
+    "few out, dilated": Call(2, 20, 3, 23, 61, (3, 3), {"padding": 2, "dilation": 2}),
+    "few out, padding above the kernel": Call(1, 20, 2, 6, 60, (3, 3), {"padding": 5}),
+    "few out, 3x3 transposed": Call(1, 20, 7, 19, 64, (3, 3), {"padding": 2, "transposed": True}),
+    "few out, 4x4 stride 2 transposed": Call(2, 64, 3, 18, 64, (4, 4), {"stride": 2, "padding": 1, "transposed": True}),
+    "few out, 3x3 stride 2 transposed": Call(
+        1, 17, 8, 19, 62, (3, 3), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}
+    ),
+    "few out, stride above the kernel": Call(
+        2, 20, 3, 13, 60, (2, 2), {"stride": 3, "output_padding": 2, "transposed": True}
+    ),
+    "few out, 5x5 stride 3 transposed, padding 4": Call(
+        1, 20, 3, 13, 60, (5, 5), {"stride": 3, "padding": 4, "transposed": True}
+    ),
 }
 
 # At most 128 pixels; above 32, below which few_pixels.cpp serves. Transposed only where the weights are many.
@@ -265,6 +287,9 @@ KINDS = [
     "pair in, odd",
     "image out",
     "transposed 3x3 stride 2, many pixels",
+    "few in, lines of some stretches",
+    "few out, 7x7",
+    "few out, 4x4 stride 2 transposed",
     "few pixels of several samples",
     "few pixels of several samples transposed",
 ]

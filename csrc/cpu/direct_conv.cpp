@@ -1,19 +1,23 @@
 // Tasks are blocks of lines times blocks of output channels. One task adds up all products of its block in a scratch
 // that stays in the second-level cache: for every block of input channels it loads their patch of x, and for every
 // panel of kPanelRows output channels it packs their weights into the first-level cache and runs them over all pixels.
-// Tasks depend on the shapes alone, and so does the order of every sum.
+// Where all products of a result fit one panel, the scratch is a few pixels of one panel. Tasks depend on the shapes
+// alone, and so does the order of every sum.
 
 #include "direct_conv.h"
 
 #include <algorithm>
 
 #include "conv_patch.h"
+#include "few_outputs.h"
 #include "product.h"
 
 namespace fastgan {
 namespace {
 
 constexpr int64_t kColumns = 256;        // results of one channel per task
+constexpr int64_t kStreamColumns = 512;  // the same where they need no scratch
+constexpr int64_t kStretch = 64;         // of these, what is multiplied at a time
 constexpr int64_t kScratch = 48 * 1024;  // results per task: 192 KB
 constexpr int64_t kTasks = 16;           // enough to share out; more would load x more often than needed
 
@@ -25,6 +29,7 @@ constexpr int64_t kFewChannels = 8, kManyPixels = 8192;
 // How the results of one call are cut into tasks, and how a task lays out its columns.
 struct Tiling {
   int64_t lanes = product_lanes();
+  bool streams;         // one pass adds up a result and neighbours stay neighbours: a few go to y at a time
   bool narrow;          // lines shorter than a register share it: their columns are gathered, not read in place
   int64_t width;        // columns per line
   int64_t lines;        // per task
@@ -33,26 +38,30 @@ struct Tiling {
   int64_t rows;         // C_out per task
   int64_t line_blocks;  // in all; of one sample each, where not narrow
   int64_t row_blocks;
+  int64_t scratch;  // sums of one task
 
   explicit Tiling(const ConvPlan& plan) {
     width = round_up(plan.base_w, lanes);
     narrow = 4 * width > 5 * plan.base_w;
     if (narrow) width = plan.base_w;
     const int64_t all_lines = narrow ? plan.n * plan.base_h : plan.base_h;
-    lines = std::clamp<int64_t>(kColumns / width, 1, all_lines);
+    int64_t most_taps = 1;
+    for (const Phase& phase : plan.phases) most_taps = std::max<int64_t>(most_taps, phase.taps.size());
+    channels = std::clamp<int64_t>(kPanelDepth / most_taps, 1, plan.c_in);
+    streams = !narrow && plan.c_in <= kFewChannels && channels == plan.c_in && plan.out_stride == 1;
+    lines = std::clamp<int64_t>((streams ? kStreamColumns : kColumns) / width, 1, all_lines);
     // Equal blocks: a short last one would cost as much as a whole one.
     lines = (all_lines + (all_lines + lines - 1) / lines - 1) / ((all_lines + lines - 1) / lines);
     columns = round_up(lines * width, lanes);
     line_blocks = (all_lines + lines - 1) / lines * (narrow ? 1 : plan.n);
-    int64_t most_taps = 1;
-    for (const Phase& phase : plan.phases) most_taps = std::max<int64_t>(most_taps, phase.taps.size());
-    channels = std::clamp<int64_t>(kPanelDepth / most_taps, 1, plan.c_in);
-    const int64_t per_row = columns * static_cast<int64_t>(plan.phases.size());
-    rows = std::clamp(kScratch / per_row / kPanelRows * kPanelRows, kPanelRows, round_up(plan.c_out, kPanelRows));
+    const int64_t per_row = columns * static_cast<int64_t>(plan.phases.size()),
+                  all_rows = round_up(plan.c_out, kPanelRows);
+    rows = streams ? all_rows : std::clamp(kScratch / per_row / kPanelRows * kPanelRows, kPanelRows, all_rows);
     while (rows > 8 * kPanelRows && line_blocks * ((plan.c_out + rows - 1) / rows) < kTasks) {
       rows = round_up(rows / 2, kPanelRows);
     }
     row_blocks = (plan.c_out + rows - 1) / rows;
+    scratch = streams ? kPanelRows * kStretch : rows * per_row;
   }
 };
 
@@ -68,7 +77,7 @@ class Worker {
         weight_channel_(weight.stride(transposed ? 0 : 1)),
         patch_(plan.input, tiling.channels, tiling.lines, tiling.width),
         panel_(kPanelRows * kPanelStride),
-        sums_(tiling.columns * tiling.rows * static_cast<int64_t>(plan.phases.size())) {
+        sums_(tiling.scratch) {
     int64_t most_taps = 0;
     for (const Phase& phase : plan.phases) {
       offsets_.push_back(patch_.offsets(phase.taps, tiling.channels));
@@ -85,6 +94,37 @@ class Worker {
     } else {
       for (int64_t line = 0; line < tiling.lines; ++line) {
         for (int64_t i = 0; i < tiling.width; i += tiling.lanes) columns_.push_back(line * patch_.line_stride() + i);
+      }
+    }
+  }
+
+  // The same results to y at once, where the tiling streams.
+  void stream(int64_t line, int64_t lines, int64_t row, int64_t rows, const PlaneWriter& writer) {
+    const int64_t sample = line / plan_.base_h, base = line % plan_.base_h, lanes = tiling_.lanes;
+    const int64_t depth = plan_.c_in * static_cast<int64_t>(plan_.phases[0].taps.size());
+    // Lines without padding behind them are one line.
+    const bool joined = tiling_.width == plan_.w_out;
+    const int64_t stretches = joined ? 1 : lines, length = joined ? lines * plan_.w_out : plan_.w_out;
+    patch_.load(x_, sample, base, lines, 0, plan_.c_in);
+    for (int64_t r = 0; r < rows; r += kPanelRows) {
+      const int64_t count = std::min(kPanelRows, rows - r);
+      pack_panel(weight_ + (row + r) * weight_row_, weight_offsets_[0].data(), depth, weight_row_, count,
+                 panel_.data());
+      for (int64_t s = 0; s < stretches; ++s) {
+        for (int64_t i = 0; i < length; i += kStretch) {
+          const int64_t n = std::min(kStretch, length - i);
+          panel_products({.weights = panel_.data(),
+                          .rows = count,
+                          .offsets = offsets_[0].data(),
+                          .depth = depth,
+                          .image = patch_.data(),
+                          .columns = columns_.data() + (s * tiling_.width + i) / lanes,
+                          .vectors = ceil_div(n, lanes),
+                          .sums = sums_.data(),
+                          .sums_stride = kStretch,
+                          .overwrite = true});
+          writer.write_rows(sample, row + r, count, (base + s) * plan_.w_out + i, n, sums_.data(), kStretch);
+        }
       }
     }
   }
@@ -207,6 +247,7 @@ Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const Conv
 
 void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                  const PlanarResult& result) {
+  if (few_outputs_takes(x, weight, g)) return few_outputs_conv(x, weight, in_scale, g, result);
   const ConvPlan plan(x, weight, g);
   const Tiling tiling(plan);
   const ScaledImage image(x, in_scale);
@@ -222,6 +263,10 @@ void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tens
       const int64_t first = block % blocks_per_sample * tiling.lines, line = sample * plan.base_h + first;
       const int64_t last = tiling.narrow ? lines_of_all : plan.base_h;
       const int64_t lines = std::min(tiling.lines, last - first), rows = std::min(tiling.rows, plan.c_out - row);
+      if (tiling.streams) {
+        worker.stream(line, lines, row, rows, writer);
+        continue;
+      }
       worker.multiply(line, lines, row, rows);
       for (int64_t r = 0; r < rows; ++r) {
         for_stretches(plan, tiling, worker, line, lines, r, buffer,

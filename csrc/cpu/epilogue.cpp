@@ -33,6 +33,25 @@ FASTGAN_INLINE void epilogue_any(const EpilogueBlock<C>& b, bool per_element) {
   });
 }
 
+template <Act A, bool kNoise>
+FASTGAN_INLINE void rows_loop(const EpilogueRows& rows) {
+  const float alpha = rows.alpha, gain = rows.gain, clamp = rows.clamp, strength = rows.strength;
+  const float* __restrict__ const noise = rows.noise;
+  const int64_t n = rows.n;
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    const float* __restrict__ const c = rows.c + r * rows.stride;
+    float* __restrict__ const y = rows.y + r * rows.plane;
+    const float scale = rows.scale[r], shift = rows.shift[r];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      float z = c[i] * scale + shift;
+      if constexpr (kNoise) z += strength * noise[i];
+      const float v = act_value<A>(z, alpha) * gain;
+      y[i] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
+    }
+  }
+}
+
 template <typename C>
 FASTGAN_INLINE void axpy_loop(C a, const C* __restrict__ x, C* __restrict__ y, int64_t n) {
 #pragma omp simd
@@ -45,6 +64,20 @@ FASTGAN_MULTIVERSION void epilogue_block(const EpilogueBlock<float>& b, bool per
   epilogue_any(b, per_element);
 }
 void epilogue_block(const EpilogueBlock<double>& b, bool per_element) { epilogue_any(b, per_element); }
+
+FASTGAN_MULTIVERSION void epilogue_rows(const EpilogueRows& rows) {
+  dispatch_act(rows.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE {
+    if (rows.noise) {
+      rows_loop<A, true>(rows);
+    } else {
+      rows_loop<A, false>(rows);
+    }
+  });
+  if (!rows.residual) return;
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    axpy_loop(rows.residual_gain, rows.residual + r * rows.plane, rows.y + r * rows.plane, rows.n);
+  }
+}
 
 FASTGAN_MULTIVERSION void axpy(float a, const float* x, float* y, int64_t n) { axpy_loop(a, x, y, n); }
 void axpy(double a, const double* x, double* y, int64_t n) { axpy_loop(a, x, y, n); }

@@ -27,6 +27,22 @@ struct EpilogueBlock {
 void epilogue_block(const EpilogueBlock<float>& b, bool per_element);
 void epilogue_block(const EpilogueBlock<double>& b, bool per_element);
 
+// The epilogue of n consecutive pixels of some planes of a float image.
+struct EpilogueRows {
+  const float* c;  // [rows, stride]
+  int64_t stride, rows, n;
+  float* y;
+  int64_t plane;               // between the rows of y, and of residual
+  const float *scale, *shift;  // [rows]
+  const float* noise;          // [n]; null for none
+  float strength;
+  Act act;
+  float alpha, gain, clamp;
+  const float* residual;  // null for none
+  float residual_gain;
+};
+void epilogue_rows(const EpilogueRows& r);
+
 // y += a * x.
 void axpy(float a, const float* x, float* y, int64_t n);
 void axpy(double a, const double* x, double* y, int64_t n);
@@ -146,7 +162,10 @@ struct PlanarResult {
 // One thread's way of writing to it.
 class PlaneWriter {
  public:
-  explicit PlaneWriter(const PlanarResult& result) : result_(result), epilogue_(result.blocks, result.args, result.y) {}
+  static constexpr int64_t kMostRows = 8;
+
+  explicit PlaneWriter(const PlanarResult& result)
+      : result_(result), epilogue_(result.blocks, result.args, result.y), scales_(result.args.out_scale) {}
 
   // from: the linear part of n consecutive pixels of one plane, from `pixel` on.
   void write(int64_t sample, int64_t channel, int64_t pixel, int64_t n, const float* from) {
@@ -158,9 +177,47 @@ class PlaneWriter {
     }
   }
 
+  // The same of `rows` <= kMostRows planes, [rows, stride]. Of a few pixels, stores spread between the products that
+  // make them, instead of waiting for memory all at once.
+  void write_rows(int64_t sample, int64_t channel, int64_t rows, int64_t pixel, int64_t n, const float* from,
+                  int64_t stride) const {
+    const EpilogueArgs& e = result_.args;
+    const int64_t plane = result_.blocks.pixels, first = (sample * result_.blocks.c + channel) * plane + pixel;
+    float scale[kMostRows], shift[kMostRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      scale[r] = scales_.at(sample, channel + r);
+      shift[r] = bias_ ? bias_[channel + r] : 0.0f;
+      if (result_.saved) std::copy_n(from + r * stride, n, result_.saved + first + r * plane);
+    }
+    epilogue_rows({.c = from,
+                   .stride = stride,
+                   .rows = rows,
+                   .n = n,
+                   .y = y_ + first,
+                   .plane = plane,
+                   .scale = scale,
+                   .shift = shift,
+                   .noise = noise_ ? noise_ + sample * noise_stride_ + pixel : nullptr,
+                   .strength = strength_,
+                   .act = e.act,
+                   .alpha = static_cast<float>(e.alpha),
+                   .gain = static_cast<float>(e.gain),
+                   .clamp = static_cast<float>(e.clamp),
+                   .residual = residual_ ? residual_ + first : nullptr,
+                   .residual_gain = static_cast<float>(e.residual_gain)});
+  }
+
  private:
+  static const float* values_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
   const PlanarResult& result_;
   BlockEpilogue<float> epilogue_;
+  const Scales<float> scales_;
+  float* const y_ = result_.y.mutable_data_ptr<float>();
+  const float *const bias_ = values_of(result_.args.bias), *const noise_ = values_of(result_.args.noise),
+                     *const residual_ = values_of(result_.args.residual);
+  const int64_t noise_stride_ = noise_ && result_.args.noise->size(0) > 1 ? result_.blocks.pixels : 0;
+  const float strength_ = result_.args.noise_strength ? *values_of(result_.args.noise_strength) : 1.0f;
 };
 
 // The epilogue of a whole image c, dense in y's layout.
