@@ -141,17 +141,28 @@ struct Blocking {
   int64_t slabs;                       // of output channels whose sums are kept at a time
 };
 
+// More than stay in the third-level cache beside the tiles.
+bool many_weights(const ConvPlan& conv, const WinogradPlan& plan) {
+  constexpr int64_t kMost = 1 << 20;
+  return plan.weights * part_depth(conv, plan) * static_cast<int64_t>(plan.parts.size()) * conv.c_out > kMost;
+}
+
+// Whether all tiles are one block, whose weights the threads divide.
+bool divides_weights(const ConvPlan& conv, const WinogradPlan& plan) {
+  constexpr int64_t kMostTiles = 64;
+  return many_weights(conv, plan) && conv.n * plan.tiles_h * plan.tiles_w <= kMostTiles;
+}
+
 // A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has
 // so many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do
 // not meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
 Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
-  constexpr int64_t kTiles = 96 << 10, kWeights = 1 << 20, kFewTiles = 64;  // the first two in floats
-  const bool many_weights = plan.weights * depth * conv.c_out > kWeights;
-  const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : many_weights ? 96 : 32;
+  constexpr int64_t kTiles = 96 << 10;  // floats
+  const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : many_weights(conv, plan) ? 96 : 32;
   const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab_size());
   const int64_t threads = torch::stable::get_num_threads();
   Blocking b{all_lines, 1, 1, plan.tiles_w, 4};
-  if (many_weights && all_lines * plan.tiles_w <= kFewTiles) {
+  if (divides_weights(conv, plan)) {
     b.line_blocks = 1;
   } else if (tiles < plan.tiles_w && plan.aligned) {
     b.column_blocks = ceil_div(plan.tiles_w, tiles);
@@ -398,10 +409,12 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 // ---- which tile
 
 // Costs in multiply-adds of the products, 60 a nanosecond, fitted to the layers of the models on Zen 3 with two
-// threads: of a float that a transform writes, of one that was kept, and of a call.
-constexpr double kWeightCost = 45, kKeptCost = 18, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
-// Direct convolution, and a transposed one, by torch's own kernels.
-constexpr double kDirectCost = 0.95, kTransposedCost = 1.15;
+// threads: of a float that a transform writes, of one that was kept (less where the threads divide the weights), and of
+// a call.
+constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
+// Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, and of a
+// value of y that a transposed one scatters its products to.
+constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110;
 constexpr double kCostPerMs = 60e6;
 
 // precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
@@ -410,14 +423,16 @@ constexpr double kCostPerMs = 60e6;
 constexpr int64_t kLargestHighTile = 3;
 
 double direct_cost(const ConvPlan& conv) {
-  const double cost = conv.out_stride > 1 ? kTransposedCost : kDirectCost;
-  return cost * conv.n * conv.base_h * conv.base_w * conv.c_in * conv.c_out * conv.taps;
+  const double pixels = static_cast<double>(conv.n) * conv.base_h * conv.base_w;
+  const double scattered = conv.out_stride > 1 ? kScatterCost * conv.n * conv.h_out * conv.w_out * conv.c_out : 0;
+  return (kDirectCost * pixels + kOrderCost) * conv.c_in * conv.c_out * conv.taps + scattered;
 }
 
 double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
   const double depth = static_cast<double>(part_depth(conv, plan)) * plan.parts.size();
-  const double weight = kept ? kKeptCost : kWeightCost;
+  const double kept_cost = divides_weights(conv, plan) ? kDividedCost : kKeptCost,
+               weight = kept ? kept_cost : kWeightCost;
   return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
          plan.values * depth * tiles * kTileCost;
 }
@@ -436,7 +451,8 @@ Refusal refusal_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g)
 
 }  // namespace
 
-int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high, Candidates* told) {
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,
+                      std::optional<double> rival_ms, Candidates* told) {
   const auto tell = [&](const Candidate& candidate) {
     if (told) told->push_back(candidate);
   };
@@ -447,10 +463,10 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   const ConvPlan conv(x, weight, g);
   const int64_t per_axis = taps_per_axis(conv, weight.size(2)), r = per_axis == 3 ? 3 : 2;
   int64_t best = 0;
-  double least = direct_cost(conv);
-  tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
+  double least = rival_ms ? *rival_ms * kCostPerMs : direct_cost(conv);
+  if (!rival_ms) tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
   if (least < kCallCost) {
-    tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than torch's whole convolution"}});
+    tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than the rest would in all"}});
     return 0;
   }
   const bool kept = is_kept(weight.const_data_ptr<float>());

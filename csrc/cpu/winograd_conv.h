@@ -9,12 +9,14 @@
 namespace fastgan {
 
 // The tile size m of F(m x m, r x r) that the call should use, r being 2 or 3; 0 where it should not. `high` admits
-// only tiles whose error is at most 3 times that of torch's convolution; `told`, if any, gets what was thought of: each
-// tile, and torch's convolution where its time was predicted.
+// only tiles whose error is at most 3 times that of torch's convolution; `rival_ms` is the predicted time of what would
+// serve the call otherwise, where that is not torch's convolution; `told`, if any, gets what was thought of: each tile,
+// and torch's convolution where its time was predicted.
 //
 // Every plane and phase of the call (conv_plan.h) needs a kernel of 2, 3 or 4 taps each way: 3x3, 4x4 of stride 1 and
 // 2, 6x6 of stride 2, and their transposes.
-int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high, Candidates* told);
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,
+                      std::optional<double> rival_ms, Candidates* told);
 
 // What direct_conv does, with tiles of m x m. Error: at most 1e-5 of the largest result (m = 4), 2e-6 (m = 2, 3).
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
