@@ -7,7 +7,6 @@
 #include "winograd_conv.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "algorithm.h"
 #include "channel_patch.h"
@@ -30,11 +29,6 @@ const WinogradKernels& kernels_of(const WinogradPlan& plan, const WinogradPlan::
 // Output channels side by side in the products.
 int64_t slab_size() { return std::max(kGroup, product_lanes() * product_vectors()); }
 
-// Channels of one part in the depth of the products.
-int64_t part_depth(const ConvPlan& conv, const WinogradPlan& plan) {
-  return round_up(conv.c_in, plan.parts.size() > 1 ? kGroup : product_lanes());
-}
-
 // Weights of all products, transformed, in the order in which they are read: [slabs / together, matrix of a phase,
 // chunk, together, depth of the chunk, slab].
 class WinogradWeights {
@@ -45,7 +39,7 @@ class WinogradWeights {
         plan_(plan),
         slab_(slab_size()),
         together_(together),
-        part_depth_(part_depth(conv, plan)),
+        part_depth_(plan.part_depth),
         depth_(part_depth_ * static_cast<int64_t>(plan.parts.size())),
         size_(depth_ * together * slab_ + kLine) {
     // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.
@@ -142,28 +136,15 @@ struct Blocking {
   int64_t slabs;                       // of output channels whose sums are kept at a time
 };
 
-// More than stay in the third-level cache beside the tiles.
-bool many_weights(const ConvPlan& conv, const WinogradPlan& plan) {
-  constexpr int64_t kMost = 1 << 20;
-  return plan.weights * part_depth(conv, plan) * static_cast<int64_t>(plan.parts.size()) * conv.c_out > kMost;
-}
-
-// Whether all tiles are one block, whose weights the threads divide.
-bool divides_weights(const ConvPlan& conv, const WinogradPlan& plan) {
-  constexpr int64_t kMostTiles = 64;
-  return many_weights(conv, plan) && conv.n * plan.tiles_h * plan.tiles_w <= kMostTiles;
-}
-
 // A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has
 // so many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do
 // not meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
-Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
+Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth, int64_t threads) {
   constexpr int64_t kTiles = 96 << 10;  // floats
-  const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : many_weights(conv, plan) ? 96 : 32;
+  const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : plan.many_weights() ? 96 : 32;
   const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab_size());
-  const int64_t threads = torch::stable::get_num_threads();
   Blocking b{all_lines, 1, 1, plan.tiles_w, 4};
-  if (divides_weights(conv, plan)) {
+  if (plan.divides_weights()) {
     b.line_blocks = 1;
   } else if (tiles < plan.tiles_w && plan.aligned) {
     b.column_blocks = ceil_div(plan.tiles_w, tiles);
@@ -178,11 +159,12 @@ Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t dep
 }
 
 // The same for every number of results, so that tiles stay where they are.
-Blocking blocking_of_growing(ConvPlan conv, const WinogradPlan& plan, int64_t most_depth) {
+Blocking blocking_of_growing(ConvPlan conv, int64_t per_axis, int64_t m, GrowingTiles& growing) {
+  if (!growing.threads) growing.threads = torch::stable::get_num_threads();
   const int64_t slabs = ceil_div(conv.c_out, slab_size());
-  conv.c_in = most_depth;
+  conv.c_in = growing.most;
   conv.c_out = 1;
-  Blocking b = blocking_of(conv, plan, most_depth);
+  Blocking b = blocking_of(conv, WinogradPlan(conv, per_axis, m), growing.most, growing.threads);
   b.slabs = std::min<int64_t>(4, slabs);
   return b;
 }
@@ -194,13 +176,14 @@ class Call {
         growing_(growing),
         first_channel_(growing ? growing->channels : 0),
         plan_(conv, taps_per_axis(conv, weight.size(2)), m),
-        part_depth_(part_depth(conv, plan_)),
+        part_depth_(plan_.part_depth),
         depth_(part_depth_ * static_cast<int64_t>(plan_.parts.size())),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
         slab_(slab_size()),
         most_depth_(growing ? growing->most : depth_),
-        blocking_(growing ? blocking_of_growing(conv, plan_, most_depth_) : blocking_of(conv, plan_, depth_)),
+        blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, *growing)
+                          : blocking_of(conv, plan_, depth_, torch::stable::get_num_threads())),
         weights_(conv, plan_, blocking_.slabs, weight, g) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
@@ -427,115 +410,12 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
   }
 }
 
-// ---- which tile
-
-// Costs in multiply-adds of the products, 60 a nanosecond, fitted to the layers of the models on Zen 3 with two
-// threads: of a float that a transform writes, of one that was kept (less where the threads divide the weights), and of
-// a call.
-constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
-// Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, and of a
-// value of y that a transposed one scatters its products to.
-constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110;
-constexpr double kCostPerMs = 60e6;
-
-// precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
-// is 2.6e-6 to 7.5e-6 whatever the layer, up to 20 times that of torch's convolution, which lies anywhere from 2e-7 to
-// 4e-6; that of tiles of 2 and 3 is at most 1.3e-6 and 2.5 times torch's.
-constexpr int64_t kLargestHighTile = 3;
-
-double direct_cost(const ConvPlan& conv) {
-  const double pixels = static_cast<double>(conv.n) * conv.base_h * conv.base_w;
-  const double scattered = conv.out_stride > 1 ? kScatterCost * conv.n * conv.h_out * conv.w_out * conv.c_out : 0;
-  return (kDirectCost * pixels + kOrderCost) * conv.c_in * conv.c_out * conv.taps + scattered;
-}
-
-double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
-  const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
-  const double depth = static_cast<double>(part_depth(conv, plan)) * plan.parts.size();
-  const double kept_cost = divides_weights(conv, plan) ? kDividedCost : kKeptCost,
-               weight = kept ? kept_cost : kWeightCost;
-  return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
-         plan.values * depth * tiles * kTileCost;
-}
-
-Refusal refusal_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
-  if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
-  if (g.dilation[0] != 1 || g.dilation[1] != 1)
-    return {"it takes dilation = 1, got # and #", g.dilation[0], g.dilation[1]};
-  if (weight.size(2) != weight.size(3)) return {"it takes square kernels, got #x#", weight.size(2), weight.size(3)};
-  if (!taps_per_axis(ConvPlan(x, weight, g), weight.size(2))) {
-    return {"it takes kernels of 2 to 4 taps per stride, got # for stride #", weight.size(2), g.stride[0]};
-  }
-  return {};
-}
-
 }  // namespace
-
-int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,
-                      std::optional<double> rival_ms, Candidates* told) {
-  const auto tell = [&](const Candidate& candidate) {
-    if (told) told->push_back(candidate);
-  };
-  if (const Refusal refusal = refusal_of(x, weight, g)) {
-    tell({.algorithm = Algorithm::kWinograd, .refusal = refusal});
-    return 0;
-  }
-  const ConvPlan conv(x, weight, g);
-  const int64_t per_axis = taps_per_axis(conv, weight.size(2)), r = per_axis == 3 ? 3 : 2;
-  int64_t best = 0;
-  double least = rival_ms ? *rival_ms * kCostPerMs : direct_cost(conv);
-  if (!rival_ms) tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
-  if (least < kCallCost) {
-    tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than the rest would in all"}});
-    return 0;
-  }
-  const bool kept = is_kept(weight.const_data_ptr<float>());
-  for (const int64_t m : {int64_t{2}, int64_t{r == 3 ? 4 : 3}}) {
-    const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), kept);
-    Candidate candidate{.algorithm = Algorithm::kWinograd, .m = m, .r = r, .predicted_ms = cost / kCostPerMs};
-    if (high && m > kLargestHighTile) {
-      candidate.refusal = {"precision high takes tiles of at most #: its error would not stay within 3x torch's",
-                           kLargestHighTile};
-    } else if (cost < least) {
-      least = cost;
-      best = m;
-    }
-    tell(candidate);
-  }
-  return best;
-}
 
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    int64_t m, const PlanarResult& result) {
   const ConvPlan conv(x, weight, g);
   Call(conv, m, weight, g).run(ScaledImage(x, in_scale), result);
-}
-
-int64_t growing_tile(const Tensor& x, const std::vector<Tensor>& weights, const ConvGeometry& g, bool high) {
-  constexpr double kMostFloats = 64 << 20;  // 256 MB of tiles
-  if (refusal_of(x, weights[0], g) || x.size(1) % kGroup) return 0;
-  ConvPlan conv(x, weights[0], g);
-  const int64_t most = weights.back().size(1), per_axis = taps_per_axis(conv, weights[0].size(2));
-  int64_t best = 0;
-  double least = std::numeric_limits<double>::infinity();
-  for (const int64_t m : {int64_t{0}, int64_t{2}, int64_t{per_axis == 3 && !high ? 4 : 2}}) {
-    double cost = 0;
-    for (const Tensor& weight : weights) {
-      if (!has_dense_kernels(weight) || weight.size(1) % kGroup) return 0;
-      conv.c_in = weight.size(1);
-      conv.c_out = weight.size(0);
-      cost += m ? winograd_cost(conv, WinogradPlan(conv, per_axis, m), true) : direct_cost(conv);
-    }
-    const WinogradPlan plan(conv, per_axis, m ? m : 2);
-    const double floats = static_cast<double>(plan.values) * plan.tiles_h * plan.tiles_w * conv.n *
-                          ceil_div(most, kPanelDepth) * kPanelStride;
-    if (cost < least && (!m || floats <= kMostFloats)) {
-      least = cost;
-      best = m;
-    }
-  }
-  return best;
 }
 
 void growing_winograd_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m, GrowingTiles& tiles,

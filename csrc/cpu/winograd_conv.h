@@ -25,6 +25,7 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
 struct GrowingTiles {
   int64_t most;          // channels in the end
   int64_t channels = 0;  // so far
+  int64_t threads = 0;   // for which the tiles were divided into blocks, once and for all
   LargeBuffer data = {};
 };
 

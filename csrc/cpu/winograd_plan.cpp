@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <iterator>
 
+#include "channel_patch.h"
+#include "product.h"
+
 namespace fastgan {
 namespace {
 
@@ -79,6 +82,11 @@ WinogradPlan::PhaseTaps WinogradPlan::taps_of_phase(const ConvPlan& conv, const 
   return found;
 }
 
+bool WinogradPlan::many_weights() const {
+  constexpr int64_t kMost = 1 << 20;
+  return weights * part_depth * static_cast<int64_t>(parts.size()) * c_out_ > kMost;
+}
+
 WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile)
     : m(tile), r(per_axis == 3 ? 3 : 2), t(m + r - 1), stride(conv.input.stride), values(0), products(0), weights(0) {
   const std::vector<Tap> starts = starts_of(conv, per_axis);
@@ -94,6 +102,9 @@ WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile)
   for (const Tap& start : starts) {
     parts.push_back({stride * start.dy + start.plane / stride, stride * start.dx + start.plane % stride});
   }
+  part_depth = round_up(conv.c_in, parts.size() > 1 ? kGroup : product_lanes());
+  all_tiles_ = conv.n * tiles_h * tiles_w;
+  c_out_ = conv.c_out;
   const auto [top, bottom] = std::ranges::minmax(parts, {}, &Part::y);
   const auto [left, right] = std::ranges::minmax(parts, {}, &Part::x);
   origin = {top.y, left.x};

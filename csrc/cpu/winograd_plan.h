@@ -42,6 +42,13 @@ struct WinogradPlan {
   // With tiles of `tile` x `tile` results; per_axis is taps_per_axis of the convolution, not 0.
   WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile);
 
+  int64_t part_depth;  // channels of one part in the depth of the products
+
+  // Whether the weights are more than stay in the third-level cache beside the tiles.
+  bool many_weights() const;
+  // Whether many of them meet so few tiles that all tiles are one block, whose weights the threads divide.
+  bool divides_weights() const { return many_weights() && all_tiles_ <= 64; }
+
   // The matrix, of its phase, that a product's weights are.
   int64_t weight_of(const Form& form, int64_t product) const {
     const int64_t columns = form.single_x ? m : t, i = product / columns, j = product % columns;
@@ -52,6 +59,8 @@ struct WinogradPlan {
   std::vector<Tap> starts_of(const ConvPlan& conv, int64_t per_axis) const;
   PhaseTaps taps_of_phase(const ConvPlan& conv, const Phase& phase, int64_t per_axis, const std::vector<Tap>& starts);
   size_t add_form(Form form);
+
+  int64_t all_tiles_, c_out_;
 };
 
 // The most taps of a plane and phase, each way: 2, 3 or 4, else 0.

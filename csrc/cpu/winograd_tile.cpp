@@ -1,0 +1,118 @@
+// Which tile of Winograd's filtering a convolution should use, by what each costs.
+
+#include <limits>
+
+#include "algorithm.h"
+#include "channel_patch.h"
+#include "conv_choice.h"
+#include "kept_weights.h"
+#include "product.h"
+#include "winograd_conv.h"
+#include "winograd_plan.h"
+
+namespace fastgan {
+namespace {
+
+// Costs in multiply-adds of the products, 60 a nanosecond, fitted to the layers of the models on Zen 3 with two
+// threads: of a float that a transform writes, of one that was kept (less where the threads divide the weights), and of
+// a call.
+constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
+// Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, and of a
+// value of y that a transposed one scatters its products to.
+constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110;
+constexpr double kCostPerMs = 60e6;
+
+// precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
+// is 2.6e-6 to 7.5e-6 whatever the layer, up to 20 times that of torch's convolution, which lies anywhere from 2e-7 to
+// 4e-6; that of tiles of 2 and 3 is at most 1.3e-6 and 2.5 times torch's.
+constexpr int64_t kLargestHighTile = 3;
+
+double direct_cost(const ConvPlan& conv) {
+  const double pixels = static_cast<double>(conv.n) * conv.base_h * conv.base_w;
+  const double scattered = conv.out_stride > 1 ? kScatterCost * conv.n * conv.h_out * conv.w_out * conv.c_out : 0;
+  return (kDirectCost * pixels + kOrderCost) * conv.c_in * conv.c_out * conv.taps + scattered;
+}
+
+double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
+  const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
+  const double depth = static_cast<double>(plan.part_depth) * plan.parts.size();
+  const double kept_cost = plan.divides_weights() ? kDividedCost : kKeptCost, weight = kept ? kept_cost : kWeightCost;
+  return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
+         plan.values * depth * tiles * kTileCost;
+}
+
+Refusal refusal_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+  if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
+  if (g.dilation[0] != 1 || g.dilation[1] != 1)
+    return {"it takes dilation = 1, got # and #", g.dilation[0], g.dilation[1]};
+  if (weight.size(2) != weight.size(3)) return {"it takes square kernels, got #x#", weight.size(2), weight.size(3)};
+  if (!taps_per_axis(ConvPlan(x, weight, g), weight.size(2))) {
+    return {"it takes kernels of 2 to 4 taps per stride, got # for stride #", weight.size(2), g.stride[0]};
+  }
+  return {};
+}
+
+}  // namespace
+
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,
+                      std::optional<double> rival_ms, Candidates* told) {
+  const auto tell = [&](const Candidate& candidate) {
+    if (told) told->push_back(candidate);
+  };
+  if (const Refusal refusal = refusal_of(x, weight, g)) {
+    tell({.algorithm = Algorithm::kWinograd, .refusal = refusal});
+    return 0;
+  }
+  const ConvPlan conv(x, weight, g);
+  const int64_t per_axis = taps_per_axis(conv, weight.size(2)), r = per_axis == 3 ? 3 : 2;
+  int64_t best = 0;
+  double least = rival_ms ? *rival_ms * kCostPerMs : direct_cost(conv);
+  if (!rival_ms) tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
+  if (least < kCallCost) {
+    tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than the rest would in all"}});
+    return 0;
+  }
+  const bool kept = is_kept(weight.const_data_ptr<float>());
+  for (const int64_t m : {int64_t{2}, int64_t{r == 3 ? 4 : 3}}) {
+    const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), kept);
+    Candidate candidate{.algorithm = Algorithm::kWinograd, .m = m, .r = r, .predicted_ms = cost / kCostPerMs};
+    if (high && m > kLargestHighTile) {
+      candidate.refusal = {"precision high takes tiles of at most #: its error would not stay within 3x torch's",
+                           kLargestHighTile};
+    } else if (cost < least) {
+      least = cost;
+      best = m;
+    }
+    tell(candidate);
+  }
+  return best;
+}
+
+int64_t growing_tile(const Tensor& x, const std::vector<Tensor>& weights, const ConvGeometry& g, bool high) {
+  constexpr double kMostFloats = 64 << 20;  // 256 MB of tiles
+  if (refusal_of(x, weights[0], g) || x.size(1) % kGroup) return 0;
+  ConvPlan conv(x, weights[0], g);
+  const int64_t most = weights.back().size(1), per_axis = taps_per_axis(conv, weights[0].size(2));
+  int64_t best = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (const int64_t m : {int64_t{0}, int64_t{2}, int64_t{per_axis == 3 && !high ? 4 : 2}}) {
+    double cost = 0;
+    for (const Tensor& weight : weights) {
+      if (!has_dense_kernels(weight) || weight.size(1) % kGroup) return 0;
+      conv.c_in = weight.size(1);
+      conv.c_out = weight.size(0);
+      cost += m ? winograd_cost(conv, WinogradPlan(conv, per_axis, m), true) : direct_cost(conv);
+    }
+    const WinogradPlan plan(conv, per_axis, m ? m : 2);
+    const double floats = static_cast<double>(plan.values) * plan.tiles_h * plan.tiles_w * conv.n *
+                          ceil_div(most, kPanelDepth) * kPanelStride;
+    if (cost < least && (!m || floats <= kMostFloats)) {
+      least = cost;
+      best = m;
+    }
+  }
+  return best;
+}
+
+}  // namespace fastgan
