@@ -15,6 +15,7 @@
 #include "dense_weight_grad.h"
 #include "product.h"
 #include "unfolded_weight_grad.h"
+#include "winograd_weight_grad.h"
 
 namespace fastgan {
 namespace {
@@ -174,7 +175,10 @@ std::optional<Tensor> direct_weight_grad(const Tensor& x, const Tensor& g, const
   const ScaledImage image(x, in_scale);
   if (!takes_channels(plan)) {
     const ScaledImage cotangent(g, g_scale);
-    if (unfolded_weight_grad_takes(plan)) {
+    if (winograd_weight_grad_takes(plan, weight_size, geometry) && !getenv("NOWG")) {
+      count_call(Algorithm::kWinogradWeightGrad);
+      winograd_weight_grad(plan, weight_size[2], geometry, image, cotangent, grad.mutable_data_ptr<float>());
+    } else if (unfolded_weight_grad_takes(plan)) {
       count_call(Algorithm::kUnfoldedWeightGrad);
       unfolded_weight_grad(plan, image, cotangent, grad.mutable_data_ptr<float>());
     } else if (dense_weight_grad_takes(plan)) {

@@ -1,0 +1,267 @@
+// The sums of an m x m tile of g with the r x r shifts of x are a small correlation too, so Winograd's filtering has a
+// form for them (winograd.h): tiles of both are transformed, multiplied value by value and added up, and only the total
+// is transformed back. Value by value, over all tiles, that is a matrix product of channels of x and channels of g.
+//
+// A 3x3 kernel of stride 1 is F(2x2, 3x3). A 4x4 kernel is four of 2x2 taps, F(3x3, 2x2), its parts: of stride 2 each
+// meets every other row and column of x, of stride 1 each meets x at a shift.
+//
+// Tiles are cut into chunks of whole lines of tiles. For every chunk all threads transform x and g, 16 channels side by
+// side; then tasks, blocks of input channels times blocks of output channels, add the chunk's products to their sums,
+// and with the last chunk write their part of the gradient. Chunks and tasks depend on the shapes alone, and every sum
+// is over the tiles in order.
+
+#include "winograd_weight_grad.h"
+
+#include <algorithm>
+#include <array>
+
+#include "channel_patch.h"
+#include "large_buffer.h"
+#include "product.h"
+#include "winograd.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int64_t kSide = 4, kValues = kSide * kSide;  // of a tile of x, and of every tile transformed
+constexpr int64_t kDepth = 256;                        // tiles of one product: of 16 channels, 16 KB of each value
+constexpr int64_t kChunk = 4 << 20;  // floats of transformed tiles per chunk, in the third-level cache
+constexpr int64_t kColumns = 64;                       // output channels per task: 256 KB of sums with four parts
+constexpr int64_t kPatch = 2048;                       // pixels that are transformed in one go: of 16 channels, 128 KB
+// Behind each value's matrix one cache line: powers of two apart, the values of a tile would share one set of a cache.
+constexpr int64_t kLine = 16;
+
+// How a kernel is made of parts of r x r taps.
+struct Parts {
+  int64_t m, r, per_axis;
+  int64_t shift, step;  // of one part from the next and of one tap from the next, in pixels of x and taps of the kernel
+
+  Parts(int64_t kernel, int64_t stride)
+      : m(kernel == 3 ? 2 : 3),
+        r(kSide + 1 - m),
+        per_axis(kernel == 3 ? 1 : 2),
+        shift(stride == 2 ? 1 : 2),
+        step(stride) {}
+
+  int64_t count() const { return per_axis * per_axis; }
+};
+
+class WeightGrad {
+ public:
+  WeightGrad(const ConvPlan& plan, int64_t kernel, const ConvGeometry& g)
+      : plan_(plan),
+        kernel_(kernel),
+        top_(g.padding[0]),
+        left_(g.padding[1]),
+        parts_(kernel, g.stride[0]),
+        tiles_h_(ceil_div(plan.h_out, parts_.m)),
+        tiles_w_(ceil_div(plan.w_out, parts_.m)),
+        all_lines_(plan.n * tiles_h_),
+        slab_(std::max(kGroup, product_lanes() * product_vectors())),
+        x_groups_(ceil_div(plan.c_in, kGroup)),
+        g_groups_(ceil_div(plan.c_out, kGroup)),
+        slabs_(ceil_div(plan.c_out, slab_)),
+        slabs_per_block_(std::max<int64_t>(1, kColumns / slab_)),
+        slab_blocks_(ceil_div(slabs_, slabs_per_block_)),
+        chunks_(ceil_div(all_lines_, std::max<int64_t>(1, tiles_per_chunk() / tiles_w_))),
+        most_tiles_(ceil_div(all_lines_, chunks_) * tiles_w_),
+        x_tiles_(x_groups_ * parts_.count() * x_part()),
+        g_tiles_(slabs_ * g_slab()),
+        sums_(chunks_ > 1 ? x_groups_ * slab_blocks_ * sums_size() : 0) {}
+
+  void run(const ScaledImage& x, const ScaledImage& g, float* grad) const;
+
+ private:
+  // Lines of tiles of one sample, and the number of their first tile in the chunk.
+  struct Segment {
+    int64_t sample, row, lines, tile;
+  };
+
+  std::vector<Segment> segments_of(int64_t chunk) const;
+  void transform(const std::vector<Segment>& segments, const ScaledImage& x, const ScaledImage& g) const;
+  void transform_x(const Segment& segment, int64_t group, const ScaledImage& x, ChannelPatch& patch) const;
+  void transform_g(const Segment& segment, int64_t group, const ScaledImage& g, ChannelPatch& patch) const;
+  void multiply(int64_t group, int64_t slab, int64_t slabs, int64_t tiles, bool first_chunk, float* sums) const;
+  void write(int64_t group, int64_t channel, const float* sums, float* grad) const;
+
+  int64_t tiles_per_chunk() const {
+    return std::max(kDepth, kChunk / (kValues * (x_groups_ * parts_.count() * kGroup + slabs_ * slab_)));
+  }
+  int64_t first_line(int64_t chunk) const { return all_lines_ * chunk / chunks_; }
+  // Rows (or columns) of x for so many lines of tiles, and of lines for so many pixels in a patch.
+  int64_t x_rows(int64_t lines) const {
+    return (lines * parts_.m + parts_.r - 2) * parts_.step + 1 + (parts_.per_axis - 1) * parts_.shift;
+  }
+  int64_t lines_per_patch() const {
+    const int64_t rows = kPatch / x_rows(tiles_w_), line = parts_.m * parts_.step;
+    return std::clamp<int64_t>((rows - x_rows(1)) / line + 1, 1, tiles_h_);
+  }
+
+  // x: [group, part, value, tile, kGroup]; g: [slab, value, tile, slab].
+  int64_t x_value() const { return most_tiles_ * kGroup + kLine; }
+  int64_t x_part() const { return kValues * x_value(); }
+  int64_t g_value() const { return most_tiles_ * slab_ + kLine; }
+  int64_t g_slab() const { return kValues * g_value(); }
+  // The sums of a task: [value, part, kGroup of x, columns of g].
+  int64_t sums_columns() const { return slabs_per_block_ * slab_; }
+  int64_t sums_value() const { return parts_.count() * kGroup * sums_columns() + kLine; }
+  int64_t sums_size() const { return kValues * sums_value(); }
+
+  const ConvPlan& plan_;
+  const int64_t kernel_, top_, left_;
+  const Parts parts_;
+  const int64_t tiles_h_, tiles_w_, all_lines_;
+  const int64_t slab_, x_groups_, g_groups_, slabs_, slabs_per_block_, slab_blocks_;
+  const int64_t chunks_, most_tiles_;
+  const LargeBuffer x_tiles_, g_tiles_, sums_;
+};
+
+void WeightGrad::run(const ScaledImage& x, const ScaledImage& g, float* grad) const {
+  for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+    transform(segments_of(chunk), x, g);
+    const int64_t tiles = (first_line(chunk + 1) - first_line(chunk)) * tiles_w_;
+    torch::stable::parallel_for(0, x_groups_ * slab_blocks_, 1, [&](int64_t begin, int64_t end) {
+      const LargeBuffer own(chunks_ > 1 ? 0 : sums_size());
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / slab_blocks_, slab = task % slab_blocks_ * slabs_per_block_;
+        const int64_t slabs = std::min(slabs_per_block_, slabs_ - slab);
+        float* const sums = chunks_ > 1 ? sums_.get() + task * sums_size() : own.get();
+        multiply(group, slab, slabs, tiles, chunk == 0, sums);
+        if (chunk + 1 < chunks_) continue;
+        const int64_t first = slab * slab_, end_channel = std::min(first + slabs * slab_, plan_.c_out);
+        for (int64_t channel = first; channel < end_channel; channel += kGroup) {
+          write(group, channel, sums + channel - first, grad);
+        }
+      }
+    });
+  }
+}
+
+std::vector<WeightGrad::Segment> WeightGrad::segments_of(int64_t chunk) const {
+  std::vector<Segment> segments;
+  const int64_t most = lines_per_patch();
+  for (int64_t line = first_line(chunk), tile = 0; line < first_line(chunk + 1);) {
+    const int64_t row = line % tiles_h_;
+    const int64_t lines = std::min({most, tiles_h_ - row, first_line(chunk + 1) - line});
+    segments.push_back({line / tiles_h_, row, lines, tile});
+    line += lines;
+    tile += lines * tiles_w_;
+  }
+  return segments;
+}
+
+void WeightGrad::transform(const std::vector<Segment>& segments, const ScaledImage& x, const ScaledImage& g) const {
+  const int64_t groups = x_groups_ + g_groups_, most = lines_per_patch();
+  torch::stable::parallel_for(0, static_cast<int64_t>(segments.size()) * groups, 1, [&](int64_t begin, int64_t end) {
+    ChannelPatch x_patch(plan_.c_in, plan_.input.h_in, plan_.input.w_in, x_rows(most), x_rows(tiles_w_));
+    ChannelPatch g_patch(plan_.c_out, plan_.h_out, plan_.w_out, most * parts_.m, tiles_w_ * parts_.m);
+    for (int64_t task = begin; task < end; ++task) {
+      const Segment& segment = segments[task / groups];
+      const int64_t group = task % groups;
+      if (group < x_groups_) {
+        transform_x(segment, group, x, x_patch);
+      } else {
+        transform_g(segment, group - x_groups_, g, g_patch);
+      }
+    }
+  });
+}
+
+void WeightGrad::transform_x(const Segment& segment, int64_t group, const ScaledImage& x, ChannelPatch& patch) const {
+  const auto& kernels = winograd_kernels(parts_.m, parts_.r, false, false);
+  const int64_t tile_step = parts_.m * parts_.step, row = patch.row_stride();
+  patch.load(x, segment.sample, group * kGroup, segment.row * tile_step - top_, x_rows(segment.lines), -left_,
+             x_rows(tiles_w_));
+  for (int64_t part = 0; part < parts_.count(); ++part) {
+    const float* const corner = patch.data() + part / parts_.per_axis * parts_.shift * row +
+                                part % parts_.per_axis * parts_.shift * kGroup;
+    float* to = x_tiles_.get() + (group * parts_.count() + part) * x_part() + segment.tile * kGroup;
+    for (int64_t line = 0; line < segment.lines; ++line) {
+      for (int64_t column = 0; column < tiles_w_; ++column, to += kGroup) {
+        kernels.input(corner + line * tile_step * row + column * tile_step * kGroup, parts_.step * row,
+                      parts_.step * kGroup, kGroup / product_lanes(), to, x_value());
+      }
+    }
+  }
+}
+
+void WeightGrad::transform_g(const Segment& segment, int64_t group, const ScaledImage& g, ChannelPatch& patch) const {
+  const auto& kernels = winograd_grad_kernels(parts_.r);
+  const int64_t channel = group * kGroup, row = patch.row_stride();
+  patch.load(g, segment.sample, channel, segment.row * parts_.m, segment.lines * parts_.m, 0, tiles_w_ * parts_.m);
+  float* to = g_tiles_.get() + channel / slab_ * g_slab() + segment.tile * slab_ + channel % slab_;
+  for (int64_t line = 0; line < segment.lines; ++line) {
+    for (int64_t column = 0; column < tiles_w_; ++column, to += slab_) {
+      kernels.cotangent(patch.data() + line * parts_.m * row + column * parts_.m * kGroup, row, kGroup,
+                        kGroup / product_lanes(), to, g_value());
+    }
+  }
+}
+
+void WeightGrad::multiply(int64_t group, int64_t slab, int64_t slabs, int64_t tiles, bool first_chunk,
+                          float* sums) const {
+  const int64_t rows = std::min(kGroup, plan_.c_in - group * kGroup), lanes = product_lanes();
+  const int64_t depths = ceil_div(tiles, kDepth);
+  for (int64_t i = 0; i < kValues * depths; ++i) {
+    const int64_t value = i / depths, first = tiles * (i % depths) / depths, end = tiles * (i % depths + 1) / depths;
+    for (int64_t part = 0; part < parts_.count(); ++part) {
+      const float* const from =
+          x_tiles_.get() + (group * parts_.count() + part) * x_part() + value * x_value() + first * kGroup;
+      for (int64_t s = 0; s < slabs; ++s) {
+        const int64_t channels = std::min(slab_, plan_.c_out - (slab + s) * slab_);
+        for (int64_t r = 0; r < rows; r += kPanelRows) {
+          outer_products({.rows = from + r,
+                          .row_step = kGroup,
+                          .row_count = std::min(kPanelRows, rows - r),
+                          .columns = g_tiles_.get() + (slab + s) * g_slab() + value * g_value() + first * slab_,
+                          .column_step = slab_,
+                          .vectors = round_up(channels, kGroup) / lanes,
+                          .depth = end - first,
+                          .sums = sums + value * sums_value() + (part * kGroup + r) * sums_columns() + s * slab_,
+                          .sums_stride = sums_columns(),
+                          .overwrite = first_chunk && first == 0});
+        }
+      }
+    }
+  }
+}
+
+// The gradient of kGroup output channels from `channel` on, whose sums begin at `sums`.
+void WeightGrad::write(int64_t group, int64_t channel, const float* sums, float* grad) const {
+  const auto& kernels = winograd_grad_kernels(parts_.r);
+  const int64_t rows = std::min(kGroup, plan_.c_in - group * kGroup), taps = plan_.taps, r = parts_.r;
+  const int64_t value = sums_value();
+  std::vector<float> found(kGroup * taps * kGroup);  // [channel of x, tap, channel of g]
+  std::array<float, 9 * kGroup> of_part;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t part = 0; part < parts_.count(); ++part) {
+      kernels.taps(sums + (part * kGroup + i) * sums_columns(), kSide * value, value, kGroup / product_lanes(),
+                   of_part.data(), kGroup);
+      for (int64_t k = 0; k < r * r; ++k) {
+        const int64_t y = part / parts_.per_axis * parts_.shift + k / r * parts_.step;
+        const int64_t x = part % parts_.per_axis * parts_.shift + k % r * parts_.step;
+        std::copy_n(of_part.data() + k * kGroup, kGroup, found.data() + (i * taps + y * kernel_ + x) * kGroup);
+      }
+    }
+  }
+  for (int64_t o = 0; o < std::min(kGroup, plan_.c_out - channel); ++o) {
+    float* const to = grad + ((channel + o) * plan_.c_in + group * kGroup) * taps;
+    for (int64_t k = 0; k < rows * taps; ++k) to[k] = found[k * kGroup + o];
+  }
+}
+
+}  // namespace
+
+bool winograd_weight_grad_takes(const ConvPlan& plan, const std::vector<int64_t>& weight_size, const ConvGeometry& g) {
+  const int64_t kernel = weight_size[2];
+  if (kernel != weight_size[3] || g.dilation[0] != 1 || g.dilation[1] != 1) return false;
+  if (!(kernel == 3 && g.stride[0] == 1) && !(kernel == 4 && g.stride[0] <= 2)) return false;
+  return plan.c_in >= kGroup && plan.c_out >= kGroup;
+}
+
+void winograd_weight_grad(const ConvPlan& plan, int64_t kernel, const ConvGeometry& g, const ScaledImage& x,
+                          const ScaledImage& cotangent, float* grad) {
+  WeightGrad(plan, kernel, g).run(x, cotangent, grad);
+}
+
+}  // namespace fastgan
