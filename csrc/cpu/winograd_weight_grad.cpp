@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t kSide = 4, kValues = kSide * kSide;  // of a tile of x, and of every tile transformed
 constexpr int64_t kDepth = 256;                        // tiles of one product: of 16 channels, 16 KB of each value
 constexpr int64_t kChunk = 4 << 20;  // floats of transformed tiles per chunk, in the third-level cache
-constexpr int64_t kColumns = 64;                       // output channels per task: 256 KB of sums with four parts
+constexpr int64_t kRows = 64, kColumns = 64;  // channels of x (times parts) and of g per task: 256 KB of sums
 constexpr int64_t kPatch = 2048;                       // pixels that are transformed in one go: of 16 channels, 128 KB
 // Behind each value's matrix one cache line: powers of two apart, the values of a tile would share one set of a cache.
 constexpr int64_t kLine = 16;
@@ -60,6 +60,8 @@ class WeightGrad {
         slab_(std::max(kGroup, product_lanes() * product_vectors())),
         x_groups_(ceil_div(plan.c_in, kGroup)),
         g_groups_(ceil_div(plan.c_out, kGroup)),
+        groups_per_block_(kRows / kGroup / parts_.count()),
+        group_blocks_(ceil_div(x_groups_, groups_per_block_)),
         slabs_(ceil_div(plan.c_out, slab_)),
         slabs_per_block_(std::max<int64_t>(1, kColumns / slab_)),
         slab_blocks_(ceil_div(slabs_, slabs_per_block_)),
@@ -67,7 +69,7 @@ class WeightGrad {
         most_tiles_(ceil_div(all_lines_, chunks_) * tiles_w_),
         x_tiles_(x_groups_ * parts_.count() * x_part()),
         g_tiles_(slabs_ * g_slab()),
-        sums_(chunks_ > 1 ? x_groups_ * slab_blocks_ * sums_size() : 0) {}
+        sums_(chunks_ > 1 ? group_blocks_ * slab_blocks_ * sums_size() : 0) {}
 
   void run(const ScaledImage& x, const ScaledImage& g, float* grad) const;
 
@@ -77,12 +79,18 @@ class WeightGrad {
     int64_t sample, row, lines, tile;
   };
 
+  // A task: groups of channels of x and slabs of channels of g.
+  struct Block {
+    int64_t group, groups, slab, slabs;
+  };
+
   std::vector<Segment> segments_of(int64_t chunk) const;
   void transform(const std::vector<Segment>& segments, const ScaledImage& x, const ScaledImage& g) const;
   void transform_x(const Segment& segment, int64_t group, const ScaledImage& x, ChannelPatch& patch) const;
   void transform_g(const Segment& segment, int64_t group, const ScaledImage& g, ChannelPatch& patch) const;
-  void multiply(int64_t group, int64_t slab, int64_t slabs, int64_t tiles, bool first_chunk, float* sums) const;
-  void write(int64_t group, int64_t channel, const float* sums, float* grad) const;
+  void multiply(const Block& block, int64_t tiles, bool first_chunk, float* sums) const;
+  void write(const Block& block, const float* sums, float* grad) const;
+  void write_group(int64_t group, int64_t channel, const float* sums, float* grad) const;
 
   int64_t tiles_per_chunk() const {
     return std::max(kDepth, kChunk / (kValues * (x_groups_ * parts_.count() * kGroup + slabs_ * slab_)));
@@ -102,16 +110,17 @@ class WeightGrad {
   int64_t x_part() const { return kValues * x_value(); }
   int64_t g_value() const { return most_tiles_ * slab_ + kLine; }
   int64_t g_slab() const { return kValues * g_value(); }
-  // The sums of a task: [value, part, kGroup of x, columns of g].
+  // The sums of a task: [value, group, part, kGroup of x, columns of g].
   int64_t sums_columns() const { return slabs_per_block_ * slab_; }
-  int64_t sums_value() const { return parts_.count() * kGroup * sums_columns() + kLine; }
+  int64_t sums_group() const { return parts_.count() * kGroup * sums_columns(); }
+  int64_t sums_value() const { return groups_per_block_ * sums_group() + kLine; }
   int64_t sums_size() const { return kValues * sums_value(); }
 
   const ConvPlan& plan_;
   const int64_t kernel_, top_, left_;
   const Parts parts_;
   const int64_t tiles_h_, tiles_w_, all_lines_;
-  const int64_t slab_, x_groups_, g_groups_, slabs_, slabs_per_block_, slab_blocks_;
+  const int64_t slab_, x_groups_, g_groups_, groups_per_block_, group_blocks_, slabs_, slabs_per_block_, slab_blocks_;
   const int64_t chunks_, most_tiles_;
   const LargeBuffer x_tiles_, g_tiles_, sums_;
 };
@@ -120,18 +129,15 @@ void WeightGrad::run(const ScaledImage& x, const ScaledImage& g, float* grad) co
   for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
     transform(segments_of(chunk), x, g);
     const int64_t tiles = (first_line(chunk + 1) - first_line(chunk)) * tiles_w_;
-    torch::stable::parallel_for(0, x_groups_ * slab_blocks_, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, group_blocks_ * slab_blocks_, 1, [&](int64_t begin, int64_t end) {
       const LargeBuffer own(chunks_ > 1 ? 0 : sums_size());
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / slab_blocks_, slab = task % slab_blocks_ * slabs_per_block_;
-        const int64_t slabs = std::min(slabs_per_block_, slabs_ - slab);
+        const int64_t group = task / slab_blocks_ * groups_per_block_, slab = task % slab_blocks_ * slabs_per_block_;
+        const Block block{group, std::min(groups_per_block_, x_groups_ - group), slab,
+                          std::min(slabs_per_block_, slabs_ - slab)};
         float* const sums = chunks_ > 1 ? sums_.get() + task * sums_size() : own.get();
-        multiply(group, slab, slabs, tiles, chunk == 0, sums);
-        if (chunk + 1 < chunks_) continue;
-        const int64_t first = slab * slab_, end_channel = std::min(first + slabs * slab_, plan_.c_out);
-        for (int64_t channel = first; channel < end_channel; channel += kGroup) {
-          write(group, channel, sums + channel - first, grad);
-        }
+        multiply(block, tiles, chunk == 0, sums);
+        if (chunk + 1 == chunks_) write(block, sums, grad);
       }
     });
   }
@@ -198,26 +204,26 @@ void WeightGrad::transform_g(const Segment& segment, int64_t group, const Scaled
   }
 }
 
-void WeightGrad::multiply(int64_t group, int64_t slab, int64_t slabs, int64_t tiles, bool first_chunk,
-                          float* sums) const {
-  const int64_t rows = std::min(kGroup, plan_.c_in - group * kGroup), lanes = product_lanes();
-  const int64_t depths = ceil_div(tiles, kDepth);
+void WeightGrad::multiply(const Block& block, int64_t tiles, bool first_chunk, float* sums) const {
+  const int64_t depths = ceil_div(tiles, kDepth), lanes = product_lanes(), units = block.groups * parts_.count();
   for (int64_t i = 0; i < kValues * depths; ++i) {
     const int64_t value = i / depths, first = tiles * (i % depths) / depths, end = tiles * (i % depths + 1) / depths;
-    for (int64_t part = 0; part < parts_.count(); ++part) {
-      const float* const from =
-          x_tiles_.get() + (group * parts_.count() + part) * x_part() + value * x_value() + first * kGroup;
-      for (int64_t s = 0; s < slabs; ++s) {
-        const int64_t channels = std::min(slab_, plan_.c_out - (slab + s) * slab_);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t rows = std::min(kGroup, plan_.c_in - (block.group + unit / parts_.count()) * kGroup);
+      const float* const from = x_tiles_.get() + (block.group * parts_.count() + unit) * x_part() + value * x_value();
+      float* const to = sums + value * sums_value() + unit * kGroup * sums_columns();
+      for (int64_t s = 0; s < block.slabs; ++s) {
+        const float* const columns = g_tiles_.get() + (block.slab + s) * g_slab() + value * g_value();
+        const int64_t channels = std::min(slab_, plan_.c_out - (block.slab + s) * slab_);
         for (int64_t r = 0; r < rows; r += kPanelRows) {
-          outer_products({.rows = from + r,
+          outer_products({.rows = from + first * kGroup + r,
                           .row_step = kGroup,
                           .row_count = std::min(kPanelRows, rows - r),
-                          .columns = g_tiles_.get() + (slab + s) * g_slab() + value * g_value() + first * slab_,
+                          .columns = columns + first * slab_,
                           .column_step = slab_,
                           .vectors = round_up(channels, kGroup) / lanes,
                           .depth = end - first,
-                          .sums = sums + value * sums_value() + (part * kGroup + r) * sums_columns() + s * slab_,
+                          .sums = to + r * sums_columns() + s * slab_,
                           .sums_stride = sums_columns(),
                           .overwrite = first_chunk && first == 0});
         }
@@ -226,8 +232,17 @@ void WeightGrad::multiply(int64_t group, int64_t slab, int64_t slabs, int64_t ti
   }
 }
 
-// The gradient of kGroup output channels from `channel` on, whose sums begin at `sums`.
-void WeightGrad::write(int64_t group, int64_t channel, const float* sums, float* grad) const {
+void WeightGrad::write(const Block& block, const float* sums, float* grad) const {
+  const int64_t first = block.slab * slab_, end = std::min(first + block.slabs * slab_, plan_.c_out);
+  for (int64_t channel = first; channel < end; channel += kGroup) {
+    for (int64_t i = 0; i < block.groups; ++i) {
+      write_group(block.group + i, channel, sums + i * sums_group() + channel - first, grad);
+    }
+  }
+}
+
+// The gradient of a group of x and of kGroup channels of g from `channel` on, whose sums begin at `sums`.
+void WeightGrad::write_group(int64_t group, int64_t channel, const float* sums, float* grad) const {
   const auto& kernels = winograd_grad_kernels(parts_.r);
   const int64_t rows = std::min(kGroup, plan_.c_in - group * kGroup), taps = plan_.taps, r = parts_.r;
   const int64_t value = sums_value();
