@@ -175,7 +175,7 @@ std::optional<Tensor> direct_weight_grad(const Tensor& x, const Tensor& g, const
   const ScaledImage image(x, in_scale);
   if (!takes_channels(plan)) {
     const ScaledImage cotangent(g, g_scale);
-    if (winograd_weight_grad_takes(plan, weight_size, geometry) && !getenv("NOWG")) {
+    if (winograd_weight_grad_takes(plan, weight_size, geometry)) {
       count_call(Algorithm::kWinogradWeightGrad);
       winograd_weight_grad(plan, weight_size[2], geometry, image, cotangent, grad.mutable_data_ptr<float>());
     } else if (unfolded_weight_grad_takes(plan)) {

@@ -141,7 +141,7 @@ FASTGAN_INLINE void outer_tile(const OuterProducts& p, int64_t first) {
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(to + r * p.sums_stride);
   }
   V sums[kRows][kVectors] = {};
-  const float *__restrict__ rows = p.rows, *__restrict__ columns = p.columns + first * kLanes<V>;
+  const float* __restrict__ rows = p.rows, * __restrict__ columns = p.columns + first * kLanes<V>;
   const int64_t row_step = p.row_step, column_step = p.column_step;
 #pragma GCC unroll 2
   for (int64_t k = 0, depth = p.depth; k < depth; ++k, rows += row_step, columns += column_step) {

@@ -193,14 +193,14 @@ struct Transforms {
     target static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {            \
       Of::output(sums, stride, to, channel, row);                                                                      \
     }                                                                                                                  \
-target static void cotangent(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,          \
+    target static void cotangent(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,          \
                                  int64_t n) {                                                                          \
       Of::cotangent(patch, row, column, vectors, to, n);                                                               \
     }                                                                                                                  \
     target static void taps(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) {   \
       Of::taps(sums, row, column, vectors, to, n);                                                                     \
     }                                                                                                                  \
-    static constexpr WinogradKernels kernels{input, weight, output};                                               \
+    static constexpr WinogradKernels kernels{input, weight, output};                                                   \
     static constexpr WinogradGradKernels grad_kernels{cotangent, taps};                                                \
   };
 

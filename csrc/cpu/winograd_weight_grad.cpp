@@ -25,9 +25,10 @@ namespace {
 
 constexpr int64_t kSide = 4, kValues = kSide * kSide;  // of a tile of x, and of every tile transformed
 constexpr int64_t kDepth = 256;                        // tiles of one product: of 16 channels, 16 KB of each value
-constexpr int64_t kChunk = 4 << 20;  // floats of transformed tiles per chunk, in the third-level cache
+constexpr int64_t kChunk = 4 << 20;           // floats of transformed tiles per chunk, in the third-level cache
 constexpr int64_t kRows = 64, kColumns = 64;  // channels of x (times parts) and of g per task: 256 KB of sums
-constexpr int64_t kPatch = 2048;                       // pixels that are transformed in one go: of 16 channels, 128 KB
+constexpr int64_t kPatch = 2048;              // pixels that are transformed in one go: of 16 channels, 128 KB
+constexpr int64_t kLongestLine = 1024;        // a chunk holds at least a line of tiles
 // Behind each value's matrix one cache line: powers of two apart, the values of a tile would share one set of a cache.
 constexpr int64_t kLine = 16;
 
@@ -179,8 +180,8 @@ void WeightGrad::transform_x(const Segment& segment, int64_t group, const Scaled
   patch.load(x, segment.sample, group * kGroup, segment.row * tile_step - top_, x_rows(segment.lines), -left_,
              x_rows(tiles_w_));
   for (int64_t part = 0; part < parts_.count(); ++part) {
-    const float* const corner = patch.data() + part / parts_.per_axis * parts_.shift * row +
-                                part % parts_.per_axis * parts_.shift * kGroup;
+    const float* const corner =
+        patch.data() + part / parts_.per_axis * parts_.shift * row + part % parts_.per_axis * parts_.shift * kGroup;
     float* to = x_tiles_.get() + (group * parts_.count() + part) * x_part() + segment.tile * kGroup;
     for (int64_t line = 0; line < segment.lines; ++line) {
       for (int64_t column = 0; column < tiles_w_; ++column, to += kGroup) {
@@ -268,10 +269,18 @@ void WeightGrad::write_group(int64_t group, int64_t channel, const float* sums, 
 }  // namespace
 
 bool winograd_weight_grad_takes(const ConvPlan& plan, const std::vector<int64_t>& weight_size, const ConvGeometry& g) {
-  const int64_t kernel = weight_size[2];
-  if (kernel != weight_size[3] || g.dilation[0] != 1 || g.dilation[1] != 1) return false;
-  if (!(kernel == 3 && g.stride[0] == 1) && !(kernel == 4 && g.stride[0] <= 2)) return false;
-  return plan.c_in >= kGroup && plan.c_out >= kGroup;
+  const int64_t kernel = weight_size[2], stride = g.stride[0];
+  if (kernel != weight_size[3] || g.dilation[0] != 1 || g.dilation[1] != 1 || plan.w_out > kLongestLine) return false;
+  if (!(kernel == 3 && stride == 1) && !(kernel == 4 && stride <= 2)) return false;
+  const Parts parts(kernel, stride);
+  const int64_t tiles = plan.n * ceil_div(plan.h_out, parts.m) * ceil_div(plan.w_out, parts.m);
+  const int64_t pairs = plan.c_in * plan.c_out, values = kValues * parts.count();
+  // In products; a transformed value costs as much as so many of them.
+  constexpr int64_t kTransform = 48, kWrite = 20;
+  const int64_t direct = plan.n * plan.h_out * plan.w_out * plan.taps * pairs;
+  const int64_t transforms = kTransform * tiles * kValues * (parts.count() * plan.c_in + plan.c_out);
+  const int64_t filtered = tiles * values * pairs + transforms + kWrite * values * pairs;
+  return plan.c_in >= kGroup && plan.c_out >= kGroup && filtered * 10 < direct * 9;
 }
 
 void winograd_weight_grad(const ConvPlan& plan, int64_t kernel, const ConvGeometry& g, const ScaledImage& x,
