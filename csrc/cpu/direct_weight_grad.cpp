@@ -169,7 +169,7 @@ bool takes(const Tensor& x, const Tensor& g, const Tensor& weight, const ConvGeo
 std::optional<Tensor> direct_weight_grad(const Tensor& x, const Tensor& g, const std::optional<Tensor>& in_scale,
                                          const std::optional<Tensor>& g_scale, const std::vector<int64_t>& weight_size,
                                          const ConvGeometry& geometry) {
-  const Tensor grad = torch::stable::new_empty(x, weight_size);
+  const Tensor grad = empty_dense({weight_size.data(), weight_size.size()}, ScalarType::Float, false);
   if (!takes(x, g, grad, geometry)) return std::nullopt;
   const ConvPlan plan(x, grad, geometry);
   const ScaledImage image(x, in_scale);
