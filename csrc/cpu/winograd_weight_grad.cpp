@@ -18,13 +18,15 @@
 #include "channel_patch.h"
 #include "large_buffer.h"
 #include "product.h"
+#include "simd.h"
 #include "winograd.h"
 
 namespace fastgan {
 namespace {
 
 constexpr int64_t kSide = 4, kValues = kSide * kSide;  // of a tile of x, and of every tile transformed
-constexpr int64_t kDepth = 256;                        // tiles of one product: of 16 channels, 16 KB of each value
+constexpr int64_t kMostTaps = 16;
+constexpr int64_t kDepth = 256;               // tiles of one product: of 16 channels, 16 KB of each value
 constexpr int64_t kChunk = 4 << 20;           // floats of transformed tiles per chunk, in the third-level cache
 constexpr int64_t kRows = 64, kColumns = 64;  // channels of x (times parts) and of g per task: 256 KB of sums
 constexpr int64_t kPatch = 2048;              // pixels that are transformed in one go: of 16 channels, 128 KB
@@ -47,11 +49,34 @@ struct Parts {
   int64_t count() const { return per_axis * per_axis; }
 };
 
+// Where each tap of kGroup kernels in their order is found, a line of kGroup floats each, among [kernel, part, its
+// taps].
+std::vector<int32_t> places(const Parts& parts, int64_t kernel) {
+  const int64_t taps = kernel * kernel, r = parts.r;
+  std::vector<int32_t> found(kGroup * taps);
+  for (int64_t i = 0; i < kGroup * taps; ++i) {
+    const int64_t part = i % taps / (r * r), tap = i % taps % (r * r);
+    const int64_t y = part / parts.per_axis * parts.shift + tap / r * parts.step;
+    const int64_t x = part % parts.per_axis * parts.shift + tap % r * parts.step;
+    found[i / taps * taps + y * kernel + x] = static_cast<int32_t>(i * kGroup);
+  }
+  return found;
+}
+
+// to[o * row_stride + k] = from[places[k] + o], o and k < kQuad.
+using Quad = register_t<float, 16>;
+constexpr int64_t kQuad = 4;
+void transpose_quad(const float* from, const int32_t* places, float* to, int64_t row_stride) {
+  const Quad a = load<Quad>(from + places[0]), b = load<Quad>(from + places[1]), c = load<Quad>(from + places[2]),
+             d = load<Quad>(from + places[3]);
+  FASTGAN_UNROLL
+  for (int o = 0; o < kQuad; ++o) store(Quad{a[o], b[o], c[o], d[o]}, to + o * row_stride);
+}
+
 class WeightGrad {
  public:
   WeightGrad(const ConvPlan& plan, int64_t kernel, const ConvGeometry& g)
       : plan_(plan),
-        kernel_(kernel),
         top_(g.padding[0]),
         left_(g.padding[1]),
         parts_(kernel, g.stride[0]),
@@ -70,6 +95,7 @@ class WeightGrad {
         most_tiles_(ceil_div(all_lines_, chunks_) * tiles_w_),
         x_tiles_(x_groups_ * parts_.count() * x_part()),
         g_tiles_(slabs_ * g_slab()),
+        places_(places(parts_, kernel)),
         sums_(chunks_ > 1 ? group_blocks_ * slab_blocks_ * sums_size() : 0) {}
 
   void run(const ScaledImage& x, const ScaledImage& g, float* grad) const;
@@ -118,12 +144,14 @@ class WeightGrad {
   int64_t sums_size() const { return kValues * sums_value(); }
 
   const ConvPlan& plan_;
-  const int64_t kernel_, top_, left_;
+  const int64_t top_, left_;
   const Parts parts_;
   const int64_t tiles_h_, tiles_w_, all_lines_;
   const int64_t slab_, x_groups_, g_groups_, groups_per_block_, group_blocks_, slabs_, slabs_per_block_, slab_blocks_;
   const int64_t chunks_, most_tiles_;
-  const LargeBuffer x_tiles_, g_tiles_, sums_;
+  const LargeBuffer x_tiles_, g_tiles_;
+  const std::vector<int32_t> places_;
+  const LargeBuffer sums_;
 };
 
 void WeightGrad::run(const ScaledImage& x, const ScaledImage& g, float* grad) const {
@@ -245,24 +273,26 @@ void WeightGrad::write(const Block& block, const float* sums, float* grad) const
 // The gradient of a group of x and of kGroup channels of g from `channel` on, whose sums begin at `sums`.
 void WeightGrad::write_group(int64_t group, int64_t channel, const float* sums, float* grad) const {
   const auto& kernels = winograd_grad_kernels(parts_.r);
-  const int64_t rows = std::min(kGroup, plan_.c_in - group * kGroup), taps = plan_.taps, r = parts_.r;
-  const int64_t value = sums_value();
-  std::vector<float> found(kGroup * taps * kGroup);  // [channel of x, tap, channel of g]
-  std::array<float, 9 * kGroup> of_part;
+  const int64_t rows = std::min(kGroup, plan_.c_in - group * kGroup), taps = plan_.taps, value = sums_value();
+  std::array<float, kGroup * kMostTaps * kGroup> found;  // [channel of x, part, its taps, channel of g]
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t part = 0; part < parts_.count(); ++part) {
       kernels.taps(sums + (part * kGroup + i) * sums_columns(), kSide * value, value, kGroup / product_lanes(),
-                   of_part.data(), kGroup);
-      for (int64_t k = 0; k < r * r; ++k) {
-        const int64_t y = part / parts_.per_axis * parts_.shift + k / r * parts_.step;
-        const int64_t x = part % parts_.per_axis * parts_.shift + k % r * parts_.step;
-        std::copy_n(of_part.data() + k * kGroup, kGroup, found.data() + (i * taps + y * kernel_ + x) * kGroup);
-      }
+                   found.data() + (i * taps + part * parts_.r * parts_.r) * kGroup, kGroup);
     }
   }
-  for (int64_t o = 0; o < std::min(kGroup, plan_.c_out - channel); ++o) {
-    float* const to = grad + ((channel + o) * plan_.c_in + group * kGroup) * taps;
-    for (int64_t k = 0; k < rows * taps; ++k) to[k] = found[k * kGroup + o];
+  const int64_t channels = std::min(kGroup, plan_.c_out - channel), row_stride = plan_.c_in * taps;
+  for (int64_t first = 0; first < channels; first += kQuad) {
+    float* const to = grad + (channel + first) * row_stride + group * kGroup * taps;
+    if (first + kQuad <= channels && rows * taps % kQuad == 0) {
+      for (int64_t k = 0; k < rows * taps; k += kQuad) {
+        transpose_quad(found.data() + first, places_.data() + k, to + k, row_stride);
+      }
+    } else {
+      for (int64_t o = 0; o < std::min(kQuad, channels - first); ++o) {
+        for (int64_t k = 0; k < rows * taps; ++k) to[o * row_stride + k] = found[places_[k] + first + o];
+      }
+    }
   }
 }
 
@@ -275,10 +305,11 @@ bool winograd_weight_grad_takes(const ConvPlan& plan, const std::vector<int64_t>
   const Parts parts(kernel, stride);
   const int64_t tiles = plan.n * ceil_div(plan.h_out, parts.m) * ceil_div(plan.w_out, parts.m);
   const int64_t pairs = plan.c_in * plan.c_out, values = kValues * parts.count();
-  // In products; a transformed value costs as much as so many of them.
-  constexpr int64_t kTransform = 48, kWrite = 20;
+  // In products; a value costs as much to transform as so many of them. Measured over layers of 32 to 1024 channels.
+  const int64_t transform = kernel == 3 ? 56 : 32;
+  constexpr int64_t kWrite = 20;
   const int64_t direct = plan.n * plan.h_out * plan.w_out * plan.taps * pairs;
-  const int64_t transforms = kTransform * tiles * kValues * (parts.count() * plan.c_in + plan.c_out);
+  const int64_t transforms = transform * tiles * kValues * (parts.count() * plan.c_in + plan.c_out);
   const int64_t filtered = tiles * values * pairs + transforms + kWrite * values * pairs;
   return plan.c_in >= kGroup && plan.c_out >= kGroup && filtered * 10 < direct * 9;
 }
