@@ -1,5 +1,5 @@
-// Many channels go to dense_weight_grad.h, or with few pixels to unfolded_weight_grad.h; what follows is for images of
-// few channels.
+// Many channels go to winograd_weight_grad.h, dense_weight_grad.h or, with few pixels, unfolded_weight_grad.h; what
+// follows is for images of few channels.
 //
 // Tasks are blocks of input channels times blocks of output channels times stretches of lines. One task goes through
 // its lines block by block: it loads the patch of x, which stays in the first two cache levels with its sums, and adds
