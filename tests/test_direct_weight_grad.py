@@ -129,7 +129,7 @@ def test_values_against_float64(name):
 
 @pytest.mark.parametrize("shape", [None, ("N", "C"), ("N", 1), (1, "C"), (1, 1)], ids=str)
 def test_every_form_of_scale(shape):
-    """Of x and of g, where lines of g are whole registers (32 pixels) and where they are not (33); few pixels; filtered."""
+    """Of x and of g, where lines of g are whole registers (32 pixels) and where not (33); few pixels; filtered."""
     own = (CASES["few pixels"], CASES["filtered stride 2"])
     for call in (*(Call(3, 5, 7, 9, w, (3, 3), 1, 1) for w in (32, 33)), *own):
         check(call, call.inputs(in_scale=shape))
