@@ -29,6 +29,9 @@ _LIBRARIES = {"cpu": ("libfastgan_cpu.so", "cpp_reason"), "cuda": ("libfastgan_c
 # Kept for the life of the process: torch forgets an op's schema together with the Library that defined it.
 _SCHEMAS = torch.library.Library("fastgan", "FRAGMENT")
 _SCHEMAS.define("_probe(Tensor x) -> Tensor")
+# The tile with which a dense block's convolutions share their transformed tiles; 0 where they should not.
+_SCHEMAS.define("_dense_block_tile(Tensor x, Tensor[] weights, str precision) -> int")
+torch.library.register_fake("fastgan::_dense_block_tile", lambda x, weights, precision: 0, lib=_SCHEMAS)
 # What scaled_conv2d would choose on the CPU: the algorithm's name, then one line "name<TAB>why" for each.
 _SCHEMAS.define(
     "_explain_scaled_conv2d(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] output_padding,"

@@ -21,7 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (4, 8, 16)
 OPS = (
-    *("bias_act", "direct_conv", "direct_weight_grad", "feature_matching_loss", "few_pixels", "fused_bias_act"),
+    *(
+        "bias_act",
+        "dense_block",
+        "direct_conv",
+        "direct_weight_grad",
+        "feature_matching_loss",
+        "few_pixels",
+        "fused_bias_act",
+    ),
     *("minibatch_stddev", "modulated_conv2d", "modulated_conv2d_module", "norm_act", "norm_act_kernel", "patch_loss"),
     *("pixel_norm", "scaled_conv2d", "spectral_sigma", "upfirdn2d", "vector_math", "weight_energy"),
     *("kept_weights", "weight_energy_cache"),

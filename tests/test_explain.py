@@ -74,7 +74,7 @@ VERDICTS = {
     "dilation of a transposed one": ((X, W, 1, {"dilation": 2, "transposed": True}), "unfolded_conv", "no dilation"),
     "not square": ((X, weight(64, 64, 3, 5), 1, {}), "winograd", "it takes square kernels, got 3x5"),
     "taps of a tile": ((X, weight(64, 64, 7, 7), 1, {}), "winograd", "2 to 4 taps per stride, got 7 for stride 1"),
-    "too small": ((X16, W16, 1, {}), "winograd", "it costs more per call than torch's whole"),
+    "too small": ((X16, W16, 1, {}), "winograd", "it costs more per call than the rest would in all"),
     "a tile's time": ((X, W, 1, {}), "winograd F(4x4, 3x3)", "predicted "),
     "torch's time": ((X, W, 1, {}), "torch", "predicted "),
     "channels": ((X16, W16, 1, {}), "direct_conv", "it takes at most 8 channels on one side"),

@@ -6,6 +6,7 @@
 
 #include "direct_conv.h"
 #include "few_pixels.h"
+#include "kept_weights.h"
 #include "unfolded_conv.h"
 #include "winograd_conv.h"
 
@@ -73,8 +74,17 @@ ConvChoice choose_convolution(const Tensor& x, const Tensor& weight, const std::
     }
     return {Algorithm::kTorch};
   }
-  if (takes(Algorithm::kUnfolded, refused_by_unfolded_conv(x, weight, g))) return {Algorithm::kUnfolded};
-  if (const int64_t tile = winograd_tile(x, weight, g, high, told)) return {Algorithm::kWinograd, tile};
+  const Refusal unfolded = refused_by_unfolded_conv(x, weight, g);
+  std::optional<double> unfolded_ms;
+  // Only of kept weights is so much known beforehand that Winograd wins on few pixels.
+  if (!unfolded && is_kept(weight.const_data_ptr<float>())) unfolded_ms = unfolded_conv_ms(x, weight, g);
+  if (unfolded_ms) {
+    if (told) told->push_back({.algorithm = Algorithm::kUnfolded, .predicted_ms = *unfolded_ms});
+  } else if (takes(Algorithm::kUnfolded, unfolded)) {
+    return {Algorithm::kUnfolded};
+  }
+  if (const int64_t tile = winograd_tile(x, weight, g, high, unfolded_ms, told)) return {Algorithm::kWinograd, tile};
+  if (unfolded_ms) return {Algorithm::kUnfolded};
   if (takes(Algorithm::kDirect, refused_by_direct_conv(x, weight, g))) return {Algorithm::kDirect};
   return {Algorithm::kTorch};
 }

@@ -88,7 +88,6 @@ class Call {
         width_(before_ + std::max(x_.in + floor_div(x_.most(), x_.stride), ceil_div(x_.out, x_.stride))),
         open_(y_.most() - y_.least() + 1),
         panels_(ceil_div(rows_, kPanelRows) * chunks_ * kPanelSize) {
-    for (int64_t k = 0; k < kPanelDepth; ++k) depths_.push_back(static_cast<int32_t>(k * slab_));
     for (int64_t i = 0; i < slab_; i += product_lanes()) vectors_.push_back(static_cast<int32_t>(i));
     pack(weight, g.transposed);
   }
@@ -131,7 +130,7 @@ class Call {
   const int64_t before_, width_;          // columns before the first of y, and of a line of sums
   const int64_t open_;                    // lines of y that one line of x reaches over
   LargeBuffer panels_;                    // [panel, chunk, kPanelRows, kPanelStride], rows in the order [kH, C_out, kW]
-  std::vector<int32_t> depths_, vectors_;
+  std::vector<int32_t> vectors_;
 };
 
 void Call::pack(const Tensor& weight, bool transposed) {
@@ -198,7 +197,8 @@ void Call::multiply(int64_t first, int64_t end, Buffers& b) const {
         const int64_t channel = chunk * kPanelDepth;
         panel_products({.weights = panels_.get() + (r / kPanelRows * chunks_ + chunk) * kPanelSize,
                         .rows = std::min(kPanelRows, rows_ - r),
-                        .offsets = depths_.data(),
+                        .offsets = nullptr,
+                        .step = slab_,
                         .depth = std::min(kPanelDepth, c_in_ - channel),
                         .image = b.line.get() + s * slab_step_ + channel * slab_,
                         .columns = vectors_.data(),

@@ -245,6 +245,15 @@ Refusal refused_by_unfolded_conv(const Tensor& x, const Tensor& weight, const Co
   return {};
 }
 
+double unfolded_conv_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  // Products of a millisecond, and what packing a weight costs of them, on Zen 3 with two threads: transposed weights
+  // lie against the products' order.
+  constexpr double kPerMs = 60e6, kPackCost = 12, kTransposedPackCost = 40;
+  const ConvPlan plan(x, weight, g);
+  const double pixels = static_cast<double>(plan.n) * plan.base_h * plan.base_w;
+  return weight.numel() * (pixels + (g.transposed ? kTransposedPackCost : kPackCost)) / kPerMs;
+}
+
 void unfolded_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    const PlanarResult& result) {
   const ConvPlan plan(x, weight, g);

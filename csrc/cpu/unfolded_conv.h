@@ -13,6 +13,9 @@ namespace fastgan {
 // else what keeps it from being one.
 Refusal refused_by_unfolded_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
+// Its predicted time.
+double unfolded_conv_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+
 // result = epilogue(conv(in_scale * x, weight)); x of any strides.
 void unfolded_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    const PlanarResult& result);

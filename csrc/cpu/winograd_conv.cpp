@@ -7,6 +7,7 @@
 #include "winograd_conv.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "algorithm.h"
 #include "channel_patch.h"
@@ -141,17 +142,28 @@ struct Blocking {
   int64_t slabs;                       // of output channels whose sums are kept at a time
 };
 
+// More than stay in the third-level cache beside the tiles.
+bool many_weights(const ConvPlan& conv, const WinogradPlan& plan) {
+  constexpr int64_t kMost = 1 << 20;
+  return plan.weights * part_depth(conv, plan) * static_cast<int64_t>(plan.parts.size()) * conv.c_out > kMost;
+}
+
+// Whether all tiles are one block, whose weights the threads divide.
+bool divides_weights(const ConvPlan& conv, const WinogradPlan& plan) {
+  constexpr int64_t kMostTiles = 64;
+  return many_weights(conv, plan) && conv.n * plan.tiles_h * plan.tiles_w <= kMostTiles;
+}
+
 // A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has
 // so many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do
 // not meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
 Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth) {
-  constexpr int64_t kTiles = 96 << 10, kWeights = 1 << 20, kFewTiles = 64;  // the first two in floats
-  const bool many_weights = plan.weights * depth * conv.c_out > kWeights;
-  const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : many_weights ? 96 : 32;
+  constexpr int64_t kTiles = 96 << 10;  // floats
+  const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : many_weights(conv, plan) ? 96 : 32;
   const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab_size());
   const int64_t threads = torch::stable::get_num_threads();
   Blocking b{all_lines, 1, 1, plan.tiles_w, 4};
-  if (many_weights && all_lines * plan.tiles_w <= kFewTiles) {
+  if (divides_weights(conv, plan)) {
     b.line_blocks = 1;
   } else if (tiles < plan.tiles_w && plan.aligned) {
     b.column_blocks = ceil_div(plan.tiles_w, tiles);
@@ -165,17 +177,30 @@ Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t dep
   return b;
 }
 
+// The same for every number of results, so that tiles stay where they are.
+Blocking blocking_of_growing(ConvPlan conv, const WinogradPlan& plan, int64_t most_depth) {
+  const int64_t slabs = ceil_div(conv.c_out, slab_size());
+  conv.c_in = most_depth;
+  conv.c_out = 1;
+  Blocking b = blocking_of(conv, plan, most_depth);
+  b.slabs = std::min<int64_t>(4, slabs);
+  return b;
+}
+
 class Call {
  public:
-  Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g)
+  Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g, GrowingTiles* growing = nullptr)
       : conv_(conv),
+        growing_(growing),
+        first_channel_(growing ? growing->channels : 0),
         plan_(conv, taps_per_axis(conv, weight.size(2)), m),
         part_depth_(part_depth(conv, plan_)),
         depth_(part_depth_ * static_cast<int64_t>(plan_.parts.size())),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
         slab_(slab_size()),
-        blocking_(blocking_of(conv, plan_, depth_)),
+        most_depth_(growing ? growing->most : depth_),
+        blocking_(growing ? blocking_of_growing(conv, plan_, most_depth_) : blocking_of(conv, plan_, depth_)),
         weights_(conv, plan_, blocking_.slabs, weight, g) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
@@ -184,7 +209,8 @@ class Call {
   // One thread's buffers.
   struct Buffers {
     ChannelPatch patch;
-    LargeBuffer tiles, sums, lines;
+    LargeBuffer own_tiles, sums, lines;
+    float* tiles;
     PlaneWriter writer;
     std::vector<float> line;
   };
@@ -221,7 +247,7 @@ class Call {
   int64_t panels(int64_t tiles) const { return ceil_div(tiles, kPanelRows); }
   int64_t most_tiles() const { return blocking_.lines * blocking_.columns; }
   // [value, chunk, panel, kPanelRows, kPanelStride]
-  int64_t tile_value() const { return ceil_div(depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kLine; }
+  int64_t tile_value() const { return ceil_div(most_depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kLine; }
   // [product, tile, slabs]
   int64_t sum_row() const { return blocking_.slabs * slab_ + kLine; }
   int64_t sum_product() const { return most_tiles() * sum_row() + kLine; }
@@ -230,8 +256,10 @@ class Call {
   int64_t line_channel() const { return blocking_.lines * plan_.m * line_row() + kLine; }
 
   const ConvPlan& conv_;
+  GrowingTiles* const growing_;
+  const int64_t first_channel_;  // of x
   const WinogradPlan plan_;
-  const int64_t part_depth_, depth_, phases_, lanes_, slab_;
+  const int64_t part_depth_, depth_, phases_, lanes_, slab_, most_depth_;
   const Blocking blocking_;
   const WinogradWeights weights_;
 };
@@ -242,22 +270,27 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   const int64_t line_blocks = blocking_.line_blocks, column_blocks = blocking_.column_blocks;
   // Where there are fewer blocks than threads, several threads transform the same tiles, each for its own channels.
   const int64_t threads = torch::stable::get_num_threads(), blocks = line_blocks * column_blocks;
-  const int64_t groups = ceil_div(slabs, blocking_.slabs), shares = std::min(groups, ceil_div(threads, blocks));
+  const int64_t groups = ceil_div(slabs, blocking_.slabs);
+  const int64_t shares = growing_ ? 1 : std::min(groups, ceil_div(threads, blocks));
+  const int64_t block_values = plan_.values * tile_value();
+  if (growing_ && !growing_->data.get()) growing_->data = LargeBuffer(blocks * block_values);
   torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t rows = plan_.stride * plan_.m * (std::min(blocking_.lines, plan_.tiles_h) - 1) + plan_.span.y;
     const int64_t columns = plan_.stride * plan_.m * (blocking_.columns - 1) + plan_.span.x;
-    Buffers b{ChannelPatch(conv_.c_in, conv_.input.h_in, conv_.input.w_in, rows, columns),
-              LargeBuffer(plan_.values * tile_value()),
-              LargeBuffer(plan_.products * sum_product()),
-              LargeBuffer(phases_ * kGroup * line_channel()),
-              PlaneWriter(result),
-              std::vector<float>(conv_.w_out)};
+    Buffers b{.patch = ChannelPatch(conv_.c_in - first_channel_, conv_.input.h_in, conv_.input.w_in, rows, columns),
+              .own_tiles = LargeBuffer(growing_ ? 0 : block_values),
+              .sums = LargeBuffer(plan_.products * sum_product()),
+              .lines = LargeBuffer(phases_ * kGroup * line_channel()),
+              .tiles = b.own_tiles.get(),
+              .writer = PlaneWriter(result),
+              .line = std::vector<float>(conv_.w_out)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t share = task % shares, place = task / shares;
       const int64_t line = place / column_blocks, column = place % column_blocks;
       Block block{all_lines * line / line_blocks, 0, plan_.tiles_w * column / column_blocks, 0};
       block.lines = all_lines * (line + 1) / line_blocks - block.line;
       block.columns = plan_.tiles_w * (column + 1) / column_blocks - block.column;
+      if (growing_) b.tiles = growing_->data.get() + place * block_values;
       transform_input(x, block, b);
       for (int64_t group = groups * share / shares; group < groups * (share + 1) / shares; ++group) {
         const int64_t slab = group * blocking_.slabs, count = std::min(blocking_.slabs, slabs - slab);
@@ -272,10 +305,10 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
 
 void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b) const {
   const int64_t step = plan_.stride * plan_.m, value = tile_value(), row_stride = b.patch.row_stride();
-  for (int64_t channel = 0; channel < conv_.c_in; channel += kGroup) {
+  for (int64_t channel = first_channel_; channel < conv_.c_in; channel += kGroup) {
     const int64_t vectors = std::min(kGroup, part_depth_ - channel) / lanes_;
     for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
-      b.patch.load(x, sample, channel, row * step + plan_.origin.y, (count - 1) * step + plan_.span.y,
+      b.patch.load(x, sample, channel - first_channel_, row * step + plan_.origin.y, (count - 1) * step + plan_.span.y,
                    block.column * step + plan_.origin.x, (block.columns - 1) * step + plan_.span.x);
       int64_t k = channel;
       for (const auto& part : plan_.parts) {
@@ -283,8 +316,8 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
           const auto& kernels = kernels_of(plan_, form);
           const float* const corner = b.patch.data() + (part.y + form.y - plan_.origin.y) * row_stride +
                                       (part.x + form.x - plan_.origin.x) * kGroup;
-          float* const to = b.tiles.get() + form.first * value + k / kPanelDepth * panels(block.tiles()) * kPanelSize +
-                            k % kPanelDepth;
+          float* const to =
+              b.tiles + form.first * value + k / kPanelDepth * panels(block.tiles()) * kPanelSize + k % kPanelDepth;
           for (int64_t l = 0; l < count; ++l) {
             for (int64_t c = 0; c < block.columns; ++c) {
               const int64_t tile = (done + l) * block.columns + c;
@@ -319,8 +352,7 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
   float* const sums = b.sums.get() + product.sums * sum_product();
   for (int64_t first = 0; first < depth_; first += kPanelDepth) {
     const int64_t count = std::min(kPanelDepth, depth_ - first);
-    const float* const from =
-        b.tiles.get() + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
+    const float* const from = b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
     // So many slabs of weights stay in the first-level cache while the tiles pass by.
     const int64_t together = std::max<int64_t>(1, kPanelDepth / count);
     std::vector<int32_t> columns;
@@ -398,10 +430,12 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 // ---- which tile
 
 // Costs in multiply-adds of the products, 60 a nanosecond, fitted to the layers of the models on Zen 3 with two
-// threads: of a float that a transform writes, of one that was kept, and of a call.
-constexpr double kWeightCost = 45, kKeptCost = 18, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
-// Direct convolution, and a transposed one, by torch's own kernels.
-constexpr double kDirectCost = 0.95, kTransposedCost = 1.15;
+// threads: of a float that a transform writes, of one that was kept (less where the threads divide the weights), and of
+// a call.
+constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
+// Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, and of a
+// value of y that a transposed one scatters its products to.
+constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110;
 constexpr double kCostPerMs = 60e6;
 
 // precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
@@ -410,14 +444,16 @@ constexpr double kCostPerMs = 60e6;
 constexpr int64_t kLargestHighTile = 3;
 
 double direct_cost(const ConvPlan& conv) {
-  const double cost = conv.out_stride > 1 ? kTransposedCost : kDirectCost;
-  return cost * conv.n * conv.base_h * conv.base_w * conv.c_in * conv.c_out * conv.taps;
+  const double pixels = static_cast<double>(conv.n) * conv.base_h * conv.base_w;
+  const double scattered = conv.out_stride > 1 ? kScatterCost * conv.n * conv.h_out * conv.w_out * conv.c_out : 0;
+  return (kDirectCost * pixels + kOrderCost) * conv.c_in * conv.c_out * conv.taps + scattered;
 }
 
 double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
   const double depth = static_cast<double>(part_depth(conv, plan)) * plan.parts.size();
-  const double weight = kept ? kKeptCost : kWeightCost;
+  const double kept_cost = divides_weights(conv, plan) ? kDividedCost : kKeptCost,
+               weight = kept ? kept_cost : kWeightCost;
   return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
          plan.values * depth * tiles * kTileCost;
 }
@@ -436,7 +472,8 @@ Refusal refusal_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g)
 
 }  // namespace
 
-int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high, Candidates* told) {
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,
+                      std::optional<double> rival_ms, Candidates* told) {
   const auto tell = [&](const Candidate& candidate) {
     if (told) told->push_back(candidate);
   };
@@ -447,10 +484,10 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   const ConvPlan conv(x, weight, g);
   const int64_t per_axis = taps_per_axis(conv, weight.size(2)), r = per_axis == 3 ? 3 : 2;
   int64_t best = 0;
-  double least = direct_cost(conv);
-  tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
+  double least = rival_ms ? *rival_ms * kCostPerMs : direct_cost(conv);
+  if (!rival_ms) tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
   if (least < kCallCost) {
-    tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than torch's whole convolution"}});
+    tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than the rest would in all"}});
     return 0;
   }
   const bool kept = is_kept(weight.const_data_ptr<float>());
@@ -473,6 +510,40 @@ void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Te
                    int64_t m, const PlanarResult& result) {
   const ConvPlan conv(x, weight, g);
   Call(conv, m, weight, g).run(ScaledImage(x, in_scale), result);
+}
+
+int64_t growing_tile(const Tensor& x, const std::vector<Tensor>& weights, const ConvGeometry& g, bool high) {
+  constexpr double kMostFloats = 64 << 20;  // 256 MB of tiles
+  if (refusal_of(x, weights[0], g) || x.size(1) % kGroup) return 0;
+  ConvPlan conv(x, weights[0], g);
+  const int64_t most = weights.back().size(1), per_axis = taps_per_axis(conv, weights[0].size(2));
+  int64_t best = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (const int64_t m : {int64_t{0}, int64_t{2}, int64_t{per_axis == 3 && !high ? 4 : 2}}) {
+    double cost = 0;
+    for (const Tensor& weight : weights) {
+      if (!has_dense_kernels(weight) || weight.size(1) % kGroup) return 0;
+      conv.c_in = weight.size(1);
+      conv.c_out = weight.size(0);
+      cost += m ? winograd_cost(conv, WinogradPlan(conv, per_axis, m), true) : direct_cost(conv);
+    }
+    const WinogradPlan plan(conv, per_axis, m ? m : 2);
+    const double floats = static_cast<double>(plan.values) * plan.tiles_h * plan.tiles_w * conv.n *
+                          ceil_div(most, kPanelDepth) * kPanelStride;
+    if (cost < least && (!m || floats <= kMostFloats)) {
+      least = cost;
+      best = m;
+    }
+  }
+  return best;
+}
+
+void growing_winograd_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m, GrowingTiles& tiles,
+                           const PlanarResult& result) {
+  ConvPlan conv(x, weight, g);
+  conv.c_in = tiles.channels + x.size(1);
+  Call(conv, m, weight, g, &tiles).run(ScaledImage(x, std::nullopt), result);
+  tiles.channels = conv.c_in;
 }
 
 }  // namespace fastgan

@@ -5,19 +5,39 @@
 
 #include "conv_geometry.h"
 #include "epilogue.h"
+#include "large_buffer.h"
 
 namespace fastgan {
 
 // The tile size m of F(m x m, r x r) that the call should use, r being 2 or 3; 0 where it should not. `high` admits
-// only tiles whose error is at most 3 times that of torch's convolution; `told`, if any, gets what was thought of: each
-// tile, and torch's convolution where its time was predicted.
+// only tiles whose error is at most 3 times that of torch's convolution; `rival_ms` is the predicted time of what would
+// serve the call otherwise, where that is not torch's convolution; `told`, if any, gets what was thought of: each tile,
+// and torch's convolution where its time was predicted.
 //
 // Every plane and phase of the call (conv_plan.h) needs a kernel of 2, 3 or 4 taps each way: 3x3, 4x4 of stride 1 and
 // 2, 6x6 of stride 2, and their transposes.
-int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high, Candidates* told);
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,
+                      std::optional<double> rival_ms, Candidates* told);
+
+// Transformed tiles of an image that grows by channels, as a dense block's does: each convolution transforms those that
+// are new to it and multiplies with all. Every convolution has the same sizes but for its channels, which are multiples
+// of kGroup (channel_patch.h).
+struct GrowingTiles {
+  int64_t most;          // channels in the end
+  int64_t channels = 0;  // so far
+  LargeBuffer data = {};
+};
 
 // What direct_conv does, with tiles of m x m. Error: at most 1e-5 of the largest result (m = 4), 2e-6 (m = 2, 3).
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    int64_t m, const PlanarResult& result);
+
+// The tile size for such convolutions of x and what they add to it, in their order; 0 where they should be computed one
+// by one.
+int64_t growing_tile(const Tensor& x, const std::vector<Tensor>& weights, const ConvGeometry& g, bool high);
+
+// The convolution of all channels so far and of x, which become channels so far.
+void growing_winograd_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m, GrowingTiles& tiles,
+                           const PlanarResult& result);
 
 }  // namespace fastgan

@@ -1,5 +1,6 @@
 """Layers that take the place of PyTorch's and of others', with their state-dict keys."""
 
+from fastgan.nn.dense_block import ResidualDenseBlock
 from fastgan.nn.equalized import EqualizedConv2d, EqualizedLinear
 from fastgan.nn.fused_bias_act import FusedBiasAct
 from fastgan.nn.modulated_conv2d import ModulatedConv2d, ToRGB
@@ -13,6 +14,7 @@ __all__ = [
     "FusedBiasAct",
     "ModulatedConv2d",
     "PatchGANLoss",
+    "ResidualDenseBlock",
     "SpectralGroup",
     "SpectralLayer",
     "SpectralNormConv2d",

@@ -2,6 +2,7 @@
 
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.demodulation import WeightEnergy, weight_energy
+from fastgan.ops.dense_block import dense_block
 from fastgan.ops.feature_matching_loss import feature_matching_loss
 from fastgan.ops.filtered_lrelu import filtered_lrelu
 from fastgan.ops.minibatch_stddev import minibatch_stddev
@@ -19,6 +20,7 @@ __all__ = [
     "PatchLoss",
     "WeightEnergy",
     "bias_act",
+    "dense_block",
     "feature_matching_loss",
     "filtered_lrelu",
     "minibatch_stddev",

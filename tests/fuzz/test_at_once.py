@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conv_cases import ConvCase
+from dense_cases import DenseCase
 from layer_cases import BiasCase, FilterCase, ModulatedCase, NormCase, PixelCase, StddevCase
 from loss_cases import MatchingCase, PatchCase, SigmaCase
 from oracle import Case, Named, evaluate, threads
@@ -30,6 +31,7 @@ CALLS: dict[str, Case] = {
     "direct": ConvCase(n=2, c_in=3, c_out=20, h=30, w=31, **PADDED, **STYLED, epilogue=ACTIVE),
     "few pixels": ConvCase(n=2, c_in=96, c_out=130, h=4, w=4, **PADDED, **STYLED, epilogue=ACTIVE),
     "unfolded": ConvCase(n=1, c_in=128, c_out=130, h=8, w=8, **PADDED, **STYLED, epilogue=ACTIVE),
+    "dense_block": DenseCase(n=1, channels=64, growth=32, layers=3, h=33, w=40, act="lrelu"),
     "upfirdn2d": FilterCase(shape=(2, 3, 17, 19), taps=(4,), up=(2, 2), down=(1, 1), padding=(2, 1, 2, 1)),
     "norm_act": NormCase(
         shape=(2, 5, 31, 33), kind="batch", weight="C", bias="C", running="advanced", act="lrelu", gain=None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dense_cases
 import layer_cases as cases
 from budget import share
 from hypothesis import given
@@ -41,4 +42,10 @@ def test_pixel_norm(case: cases.PixelCase) -> None:
 @share(2.4)
 @given(cases.stddev_cases())
 def test_minibatch_stddev(case: cases.StddevCase) -> None:
+    check(case)
+
+
+@share(2.4)
+@given(dense_cases.dense_cases())
+def test_dense_block(case: dense_cases.DenseCase) -> None:
     check(case)

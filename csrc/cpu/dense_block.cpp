@@ -1,0 +1,56 @@
+// dense_block: convolutions of 3x3 each of which reads the image and the results of all before it, and a residual, by
+// Winograd's filtering over tiles that are transformed once for all of them. Nothing is concatenated. Source: Wang et
+// al. 2018 (ESRGAN), figure 4; Huang et al. 2017 (DenseNet).
+
+#include "algorithm.h"
+#include "conv_choice.h"
+#include "empty.h"
+#include "epilogue.h"
+#include "winograd_conv.h"
+
+namespace fastgan {
+namespace {
+
+const ConvGeometry kSame{{1, 1}, {1, 1}, {0, 0}, {1, 1}, false, 1};
+
+int64_t dense_block_tile(Tensor x, std::vector<Tensor> weights, std::string precision) {
+  return growing_tile(x, weights, kSame, asks_for_high("dense_block", precision));
+}
+
+Tensor dense_block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, std::string act_name,
+                   double alpha, double gain, double residual_scale, std::string precision) {
+  const Act act = parse_act("dense_block", act_name);
+  const int64_t tile = dense_block_tile(x, weights, precision);
+  STD_TORCH_CHECK(tile, "dense_block: this op takes what _dense_block_tile has a tile for");
+  const Tensor residual = in_layout(x, false);
+  GrowingTiles tiles{.most = weights.back().size(1)};
+  Tensor features = x;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool last = i + 1 == weights.size();
+    const EpilogueArgs args{std::nullopt,
+                            std::nullopt,
+                            std::nullopt,
+                            biases.empty() ? std::nullopt : std::optional(biases[i]),
+                            last ? std::optional(residual) : std::nullopt,
+                            last ? Act::kLinear : act,
+                            alpha,
+                            last ? residual_scale : gain,
+                            std::numeric_limits<double>::infinity(),
+                            1.0};
+    const std::vector<int64_t> size{x.size(0), weights[i].size(0), x.size(2), x.size(3)};
+    const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false);
+    count_call(Algorithm::kWinograd);
+    growing_winograd_conv(features, weights[i], kSame, tile, tiles, PlanarResult(args, y, nullptr));
+    features = y;
+  }
+  return features;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("_dense_block_tile", TORCH_BOX(&dense_block_tile));
+  m.impl("dense_block", TORCH_BOX(&dense_block));
+}
+
+}  // namespace fastgan
