@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastgan import ops  # noqa: F401  (registers the op)
+from fastgan._native import algorithm_calls
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,18 @@ CASES = {
     "few pixels, dilated": Call(2, 80, 70, 11, 10, (3, 4), 1, 2, 2),
     "few pixels, 7x7": Call(2, 32, 66, 11, 10, (7, 7), 1, 3),
     "chunks of lines": Call(2, 20, 33, 21, 40, (3, 3), 1, 1),
-    "chunks of lines, stride 2": Call(1, 70, 130, 40, 44, (4, 4), 2, 1),
+    "chunks of lines, stride 2": Call(1, 70, 130, 40, 44, (4, 3), 2, 1),
     "chunks of samples": Call(19, 17, 19, 5, 6, (3, 3), 1, 1),
     "a line as long as a chunk": Call(1, 9, 16, 3, 256, (3, 3), 1, 1),
     "one channel each": Call(1, 1, 1, 30, 30, (3, 3), 1, 1),
     "many lines": Call(1, 2, 6, 600, 16, (3, 3), 1, 1),
+    "filtered 3x3": Call(2, 130, 115, 33, 32, (3, 3), 1, 1),
+    "filtered 3x3, two chunks": Call(2, 128, 120, 64, 60, (3, 3), 1, 1),
+    "filtered stride 2": Call(3, 67, 82, 37, 41, (4, 4), 2, 1),
+    "filtered stride 1": Call(2, 48, 70, 19, 18, (4, 4), 1, 1),
+    "filtered, no padding": Call(2, 96, 80, 44, 44, (4, 4), 2, 0),
+    "filtered, much padding": Call(1, 112, 129, 32, 29, (4, 4), 1, 3),
+    "filtered, many small maps": Call(19, 64, 64, 12, 12, (4, 4), 2, 1),
     "one long line": Call(3, 2, 6, 1, 1500, (1, 3), 1, 0),
 }
 
@@ -106,7 +114,9 @@ def test_values_against_float64(name):
     """Also that torch's own is not called, and the same bits for any number of threads."""
     call = CASES[name]
     inputs = call.inputs(("N", "C"), ("N", "C"))
+    filtered = algorithm_calls()["winograd_weight_grad"]
     want = check(call, inputs)
+    assert algorithm_calls()["winograd_weight_grad"] - filtered == name.startswith("filtered")
     assert not runs_torch(call, inputs)
     threads = torch.get_num_threads()
     try:
@@ -119,14 +129,17 @@ def test_values_against_float64(name):
 
 @pytest.mark.parametrize("shape", [None, ("N", "C"), ("N", 1), (1, "C"), (1, 1)], ids=str)
 def test_every_form_of_scale(shape):
-    """Of x and of g, where lines of g are whole registers (32 pixels) and where they are not (33), and few pixels."""
-    for call in (*(Call(3, 5, 7, 9, w, (3, 3), 1, 1) for w in (32, 33)), CASES["few pixels"]):
+    """Of x and of g, where lines of g are whole registers (32 pixels) and where not (33); few pixels; filtered."""
+    own = (CASES["few pixels"], CASES["filtered stride 2"])
+    for call in (*(Call(3, 5, 7, 9, w, (3, 3), 1, 1) for w in (32, 33)), *own):
         check(call, call.inputs(in_scale=shape))
         check(call, call.inputs(g_scale=shape))
 
 
 @pytest.mark.parametrize("layout", ["sliced", "expanded"])
-@pytest.mark.parametrize("name", ["image in", "3x3", "pair in, odd", "few pixels", "chunks of lines"])
+@pytest.mark.parametrize(
+    "name", ["image in", "3x3", "pair in, odd", "few pixels", "chunks of lines", "filtered stride 2"]
+)
 def test_views(name, layout):
     """Of x and of g: the values are those of dense tensors, bit for bit, and the tensors are left alone."""
     call = CASES[name]
@@ -139,7 +152,7 @@ def test_views(name, layout):
 
 def test_nan_and_infinity_reach_the_gradient():
     """Of the channel that has them, and of no other."""
-    names = ("3x3", "few pixels", "chunks of lines")
+    names = ("3x3", "few pixels", "chunks of lines", "filtered stride 1", "filtered 3x3")
     for name, side, value in itertools.product(names, (0, 1), (torch.nan, torch.inf)):
         call = CASES[name]
         inputs = call.inputs()

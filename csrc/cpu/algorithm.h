@@ -17,6 +17,7 @@ enum class Algorithm {
   kUnfoldedWeightGrad,
   kDenseWeightGrad,
   kDirectWeightGrad,
+  kWinogradWeightGrad,
   kTorchWeightGrad,
 };
 

@@ -1,5 +1,5 @@
-// Many channels go to dense_weight_grad.h, or with few pixels to unfolded_weight_grad.h; what follows is for images of
-// few channels.
+// Many channels go to winograd_weight_grad.h, dense_weight_grad.h or, with few pixels, unfolded_weight_grad.h; what
+// follows is for images of few channels.
 //
 // Tasks are blocks of input channels times blocks of output channels times stretches of lines. One task goes through
 // its lines block by block: it loads the patch of x, which stays in the first two cache levels with its sums, and adds
@@ -15,6 +15,7 @@
 #include "dense_weight_grad.h"
 #include "product.h"
 #include "unfolded_weight_grad.h"
+#include "winograd_weight_grad.h"
 
 namespace fastgan {
 namespace {
@@ -168,13 +169,16 @@ bool takes(const Tensor& x, const Tensor& g, const Tensor& weight, const ConvGeo
 std::optional<Tensor> direct_weight_grad(const Tensor& x, const Tensor& g, const std::optional<Tensor>& in_scale,
                                          const std::optional<Tensor>& g_scale, const std::vector<int64_t>& weight_size,
                                          const ConvGeometry& geometry) {
-  const Tensor grad = torch::stable::new_empty(x, weight_size);
+  const Tensor grad = empty_dense({weight_size.data(), weight_size.size()}, ScalarType::Float, false);
   if (!takes(x, g, grad, geometry)) return std::nullopt;
   const ConvPlan plan(x, grad, geometry);
   const ScaledImage image(x, in_scale);
   if (!takes_channels(plan)) {
     const ScaledImage cotangent(g, g_scale);
-    if (unfolded_weight_grad_takes(plan)) {
+    if (winograd_weight_grad_takes(plan, weight_size, geometry)) {
+      count_call(Algorithm::kWinogradWeightGrad);
+      winograd_weight_grad(plan, weight_size[2], geometry, image, cotangent, grad.mutable_data_ptr<float>());
+    } else if (unfolded_weight_grad_takes(plan)) {
       count_call(Algorithm::kUnfoldedWeightGrad);
       unfolded_weight_grad(plan, image, cotangent, grad.mutable_data_ptr<float>());
     } else if (dense_weight_grad_takes(plan)) {

@@ -130,6 +130,66 @@ FASTGAN_INLINE void any_shifted(const ShiftedProducts& p) {
   }
 }
 
+// ---- two matrices whose rows are what is summed over
+
+template <typename V, int kRows, int kVectors>
+FASTGAN_INLINE void outer_tile(const OuterProducts& p, int64_t first) {
+  float* const to = p.sums + first * kLanes<V>;
+  if (!p.overwrite) {
+    // They were left long ago; what they are added to is ready by the end.
+    FASTGAN_UNROLL
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(to + r * p.sums_stride);
+  }
+  V sums[kRows][kVectors] = {};
+  const float* __restrict__ rows = p.rows, * __restrict__ columns = p.columns + first * kLanes<V>;
+  const int64_t row_step = p.row_step, column_step = p.column_step;
+#pragma GCC unroll 2
+  for (int64_t k = 0, depth = p.depth; k < depth; ++k, rows += row_step, columns += column_step) {
+    V values[kVectors];
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) values[v] = load<V>(columns + v * kLanes<V>);
+    FASTGAN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTGAN_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += rows[r] * values[v];
+    }
+  }
+  FASTGAN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* const at = to + r * p.sums_stride + v * kLanes<V>;
+      if (!p.overwrite) sums[r][v] += load<V>(at);
+      store(sums[r][v], at);
+    }
+  }
+}
+
+template <typename V, int kRows, int kVectors>
+FASTGAN_INLINE void outer(const OuterProducts& p) {
+  int64_t v = 0;
+  for (; v + kVectors <= p.vectors; v += kVectors) outer_tile<V, kRows, kVectors>(p, v);
+  for (; v < p.vectors; ++v) outer_tile<V, kRows, 1>(p, v);
+}
+
+template <typename V, int kWide>
+FASTGAN_INLINE void any_outer(const OuterProducts& p) {
+  switch (p.row_count) {
+    case 1:
+      return outer<V, 1, 2 * kWide>(p);
+    case 2:
+      return outer<V, 2, 2 * kWide>(p);
+    case 3:
+      return outer<V, 3, 2 * kWide>(p);
+    case 4:
+      return outer<V, 4, 2 * kWide>(p);
+    case 5:
+      return outer<V, 5, 2 * kWide>(p);
+    default:
+      return outer<V, kPanelRows, 2 * kWide>(p);
+  }
+}
+
 // ---- dot products of stretches of two images
 
 template <typename V, int kRows, int kColumns>
@@ -191,12 +251,14 @@ FASTGAN_INLINE void all_dots(const DotProducts& p) {
 using Portable = register_t<float, 16>;
 void panel_portable(const PanelProducts& p) { any_panel<Portable, 1>(p); }
 void shifted_portable(const ShiftedProducts& p) { any_shifted<Portable, 1>(p); }
+void outer_portable(const OuterProducts& p) { any_outer<Portable, 1>(p); }
 void dots_portable(const DotProducts& p) { all_dots<Portable>(p); }
 
 struct Kernels {
   int64_t lanes, vectors;
   void (*panel)(const PanelProducts&);
   void (*shifted)(const ShiftedProducts&);
+  void (*outer)(const OuterProducts&);
   void (*dots)(const DotProducts&);
 };
 
@@ -205,19 +267,21 @@ using Avx2 = register_t<float, 32>;
 using Avx512 = register_t<float, 64>;
 FASTGAN_AVX2 void panel_avx2(const PanelProducts& p) { any_panel<Avx2, 1>(p); }
 FASTGAN_AVX2 void shifted_avx2(const ShiftedProducts& p) { any_shifted<Avx2, 1>(p); }
+FASTGAN_AVX2 void outer_avx2(const OuterProducts& p) { any_outer<Avx2, 1>(p); }
 FASTGAN_AVX2 void dots_avx2(const DotProducts& p) { all_dots<Avx2>(p); }
 // 32 registers instead of 16: twice the vectors.
 FASTGAN_AVX512 void panel_avx512(const PanelProducts& p) { any_panel<Avx512, 2>(p); }
 FASTGAN_AVX512 void shifted_avx512(const ShiftedProducts& p) { any_shifted<Avx512, 2>(p); }
+FASTGAN_AVX512 void outer_avx512(const OuterProducts& p) { any_outer<Avx512, 2>(p); }
 FASTGAN_AVX512 void dots_avx512(const DotProducts& p) { all_dots<Avx512>(p); }
 
 Kernels choose() {
-  if (has_avx512()) return {kLanes<Avx512>, 4, panel_avx512, shifted_avx512, dots_avx512};
-  if (has_avx2()) return {kLanes<Avx2>, 2, panel_avx2, shifted_avx2, dots_avx2};
-  return {kLanes<Portable>, 2, panel_portable, shifted_portable, dots_portable};
+  if (has_avx512()) return {kLanes<Avx512>, 4, panel_avx512, shifted_avx512, outer_avx512, dots_avx512};
+  if (has_avx2()) return {kLanes<Avx2>, 2, panel_avx2, shifted_avx2, outer_avx2, dots_avx2};
+  return {kLanes<Portable>, 2, panel_portable, shifted_portable, outer_portable, dots_portable};
 }
 #else
-Kernels choose() { return {kLanes<Portable>, 2, panel_portable, shifted_portable, dots_portable}; }
+Kernels choose() { return {kLanes<Portable>, 2, panel_portable, shifted_portable, outer_portable, dots_portable}; }
 #endif
 
 const Kernels kKernels = choose();
@@ -249,6 +313,7 @@ int64_t product_lanes() { return kKernels.lanes; }
 int64_t product_vectors() { return kKernels.vectors; }
 void panel_products(const PanelProducts& p) { kKernels.panel(p); }
 void shifted_products(const ShiftedProducts& p) { kKernels.shifted(p); }
+void outer_products(const OuterProducts& p) { kKernels.outer(p); }
 void dot_products(const DotProducts& p) { kKernels.dots(p); }
 
 void pack_panel(const float* from, const int32_t* offsets, int64_t depth, int64_t row_stride, int64_t rows, float* to) {

@@ -49,6 +49,18 @@ struct ShiftedProducts {
 };
 void shifted_products(const ShiftedProducts& p);
 
+// sums[r, v * lanes + l] (+)= sum_k rows[k * row_step + r] * columns[k * column_step + v * lanes + l].
+struct OuterProducts {
+  const float* rows;
+  int64_t row_step, row_count;  // 1 ... kPanelRows rows
+  const float* columns;
+  int64_t column_step, vectors, depth;
+  float* sums;
+  int64_t sums_stride;
+  bool overwrite;  // = instead of +=
+};
+void outer_products(const OuterProducts& p);
+
 // sums[r, c, l] += sum over lines and vectors of rows[r, line, v * lanes + l] * image[columns[c] + line * image_line +
 // v * lanes + l]: dot products whose lanes the caller adds up when all of them are done.
 struct DotProducts {

@@ -167,7 +167,7 @@ Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::op
                                  const std::optional<Tensor>& g_scale, std::vector<int64_t> weight_size,
                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
                                  std::vector<int64_t> dilation, int64_t groups, std::string precision) {
-  asks_for_high("scaled_conv2d_weight_grad", precision);  // Its products are all exact ones: nothing to choose.
+  asks_for_high("scaled_conv2d_weight_grad", precision);  // Its tiles are small enough for high too.
   if (const auto grad = direct_weight_grad(x, g, in_scale, g_scale, weight_size,
                                            {stride, padding, {0, 0}, dilation, false, groups})) {
     return *grad;

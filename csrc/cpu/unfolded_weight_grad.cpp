@@ -57,8 +57,7 @@ void unfolded_weight_grad(const ConvPlan& plan, const ScaledImage& x, const Scal
     Patch patch(plan.input, channels, plan.h_out, plan.w_out);
     const std::vector<int32_t> positions = patch.offsets(plan.phases[0].taps, channels);
     std::vector<float> unfolded(pixels * most_columns);
-    std::vector<int32_t> offsets, starts;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) offsets.push_back(static_cast<int32_t>(pixel * most_columns));
+    std::vector<int32_t> starts;
     for (int64_t i = 0; i < most_columns; i += lanes) starts.push_back(static_cast<int32_t>(i));
     for (int64_t block = begin; block < end; ++block) {
       const int64_t channel = block * channels, count = std::min(channels, plan.c_in - channel);
@@ -77,7 +76,8 @@ void unfolded_weight_grad(const ConvPlan& plan, const ScaledImage& x, const Scal
         const int64_t row = panel * kPanelRows;
         panel_products({.weights = packed.data() + panel * kPanel,
                         .rows = std::min(kPanelRows, plan.c_out - row),
-                        .offsets = offsets.data(),
+                        .offsets = nullptr,
+                        .step = most_columns,
                         .depth = pixels,
                         .image = unfolded.data(),
                         .columns = starts.data(),

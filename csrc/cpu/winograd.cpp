@@ -14,6 +14,15 @@ struct Matrix {
   float at[kRows][kColumns];
 };
 
+template <int kRows, int kColumns>
+constexpr Matrix<kColumns, kRows> transposed(const Matrix<kRows, kColumns>& matrix) {
+  Matrix<kColumns, kRows> result{};
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) result.at[j][i] = matrix.at[i][j];
+  }
+  return result;
+}
+
 template <int M, int R>
 struct Filter;
 
@@ -144,6 +153,22 @@ struct Transforms {
         vectors, to, to_stride);
   }
 
+  FASTGAN_INLINE static void cotangent(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,
+                                       int64_t to_stride) {
+    constexpr auto down = transposed(Down::a), across = transposed(Across::a);
+    transform<V>(
+        down, across, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return patch + i * row + j * column; }, vectors, to,
+        to_stride);
+  }
+
+  FASTGAN_INLINE static void taps(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to,
+                                  int64_t to_stride) {
+    constexpr auto down = transposed(Down::g), across = transposed(Across::g);
+    transform<V>(
+        down, across, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return sums + i * row + j * column; }, vectors, to,
+        to_stride);
+  }
+
   FASTGAN_INLINE static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {
     constexpr int kSums = std::size(Across::a.at[0]);
     alignas(64) float tile[M * M * kGroup];
@@ -168,7 +193,15 @@ struct Transforms {
     target static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {            \
       Of::output(sums, stride, to, channel, row);                                                                      \
     }                                                                                                                  \
+    target static void cotangent(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,          \
+                                 int64_t n) {                                                                          \
+      Of::cotangent(patch, row, column, vectors, to, n);                                                               \
+    }                                                                                                                  \
+    target static void taps(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) {   \
+      Of::taps(sums, row, column, vectors, to, n);                                                                     \
+    }                                                                                                                  \
     static constexpr WinogradKernels kernels{input, weight, output};                                                   \
+    static constexpr WinogradGradKernels grad_kernels{cotangent, taps};                                                \
   };
 
 FASTGAN_WINOGRAD(Portable, , 16)
@@ -186,6 +219,15 @@ const WinogradKernels& kernels_of() {
   return Portable<M, Down, Across>::kernels;
 }
 
+template <typename Both, int M>
+const WinogradGradKernels& grad_kernels_of() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+  if (product_lanes() == 16) return Avx512<M, Both, Both>::grad_kernels;
+  if (product_lanes() == 8) return Avx2<M, Both, Both>::grad_kernels;
+#endif
+  return Portable<M, Both, Both>::grad_kernels;
+}
+
 template <int M>
 const WinogradKernels& kernels_of_two_taps(bool single_y, bool single_x) {
   using Pair = Filter<M, 2>;
@@ -198,6 +240,10 @@ const WinogradKernels& kernels_of_two_taps(bool single_y, bool single_x) {
 const WinogradKernels& winograd_kernels(int64_t m, int64_t r, bool single_y, bool single_x) {
   if (r == 3) return m == 4 ? kernels_of<4, Filter<4, 3>, Filter<4, 3>>() : kernels_of<2, Filter<2, 3>, Filter<2, 3>>();
   return m == 3 ? kernels_of_two_taps<3>(single_y, single_x) : kernels_of_two_taps<2>(single_y, single_x);
+}
+
+const WinogradGradKernels& winograd_grad_kernels(int64_t r) {
+  return r == 3 ? grad_kernels_of<Filter<2, 3>, 2>() : grad_kernels_of<Filter<3, 2>, 3>();
 }
 
 }  // namespace fastgan

@@ -31,4 +31,16 @@ struct WinogradKernels {
 // F(m x m, r x r), one of F(2,3), F(4,3), F(2,2), F(3,2); with r = 2 also for kernels of a single tap along an axis.
 const WinogradKernels& winograd_kernels(int64_t m, int64_t r, bool single_y, bool single_x);
 
+// What the gradient of the weight needs beside WinogradKernels' `input`: dg = G^T [ sum over tiles of (A dY A^T) (.)
+// (B^T d B) ] G.
+struct WinogradGradKernels {
+  // to[xi * to_stride + c] = (A d A^T)[xi], d[i][j] = patch[i * row + j * column + c], m x m of them.
+  void (*cotangent)(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride);
+  // to[k * to_stride + c] = (G^T s G)[k], s[i][j] = sums[i * row + j * column + c], for the r x r taps k.
+  void (*taps)(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride);
+};
+
+// F(2 x 2, 3 x 3) for r = 3, F(3 x 3, 2 x 2) for r = 2: tiles of 4 x 4.
+const WinogradGradKernels& winograd_grad_kernels(int64_t r);
+
 }  // namespace fastgan

@@ -198,6 +198,28 @@ def test_dense_weight_gradients() -> None:
         draw()
 
 
+@st.composite
+def filtered_weight_grad(draw: Any) -> ConvCase:
+    """Kernels that Winograd's filtering has a weight gradient for, around its bounds: 16 channels and many tiles."""
+    kernel, stride = draw(st.sampled_from([(3, 1), (4, 1), (4, 2)]))
+    size = {"h": st.integers(4, 40), "w": st.integers(4, 40), "padding": (draw(st.integers(0, 3)),) * 4}
+    channels = {"c_in": around(16, 33, 48, 70), "c_out": around(16, 33, 80, 140)}
+    fixed = {"kernel": square(kernel), "stride": square(stride), "dilation": (1, 1)}
+    return draw_conv(draw, **OWN, **size, **channels, **fixed, n=st.integers(1, 8))
+
+
+def test_filtered_weight_gradients() -> None:
+    @share(6)
+    @given(filtered_weight_grad())
+    @example(ConvCase(n=2, c_in=120, c_out=130, h=33, w=20, **PADDED))
+    @example(ConvCase(n=1, c_in=20, c_out=20, h=12, w=12, **PADDED))
+    def draw(case: ConvCase) -> None:
+        check(case)
+
+    with reaching("winograd_weight_grad", "dense_weight_grad"):
+        draw()
+
+
 def test_explain() -> None:
     """What fastgan.explain names is what serves the call, in either precision."""
     names = ("few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch")
