@@ -3,8 +3,11 @@
 FOLDER holds the package that ``FASTGAN_SANITIZE=1 python setup.py build --build-lib FOLDER`` makes; ``make sanitize``
 does both. Two planted bugs have to be reported first: the run would else prove nothing. Then come the tests of the
 CPU's ops, and the fuzz tests once for each width of registers that the library has code for, 4, 8 and 16 floats: the
-width decides how far a kernel reads. The first report ends a run of pytest and fails all. Of
-the ops' own tests nothing else counts, since values are the ordinary build's affair; the fuzz tests must pass.
+width decides how far a kernel reads. Of the ops' own tests nothing but a report counts, since values are the ordinary
+build's affair; the fuzz tests must pass.
+
+That takes hours on a small machine. Each file at each width is a process of its own, which a report ends and no other
+file's; FOLDER/ran notes what came to its end, and a further run leaves that out until the package or the tests change.
 
 torch's CPU allocator calls posix_memalign for each tensor, so a read one float beyond a tensor's storage is reported;
 one that stays within the storage of a view is not.
@@ -16,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,18 +86,46 @@ def run(env: dict[str, str], *arguments: str) -> int:
     return subprocess.run([*pytest, *arguments], cwd=ROOT, env=env).returncode
 
 
+def pieces() -> list[tuple[Path, str, bool]]:
+    """The files, each with the floats of a register, "" for the machine's own, and whether its tests must pass."""
+    # A test of an op that fails is no report: some bounds on long sums are met in vector registers alone, which
+    # instrumented loops do without.
+    ops = [(ROOT / f"tests/test_{name}.py", os.environ.get("FASTGAN_LANES", ""), False) for name in OPS]
+    fuzz = sorted(ROOT.glob("tests/fuzz/test_*.py"))
+    return ops + [(file, str(width), True) for width in WIDTHS for file in fuzz]
+
+
+def run_piece(env: dict[str, str], folder: Path, file: Path, width: str, must_pass: bool) -> bool:
+    """Whether the file came to its end, now or in an earlier run with as many cases of fuzz."""
+    label = "-".join(filter(None, (file.stem, width, os.environ.get("FASTGAN_FUZZ_CASES") if must_pass else None)))
+    mark = folder / "ran" / label
+    package = (path for path in (folder / "fastgan").rglob("*") if path.suffix in (".py", ".so"))
+    helpers = (path for path in file.parent.glob("*.py") if not path.name.startswith("test_"))
+    if mark.exists() and mark.stat().st_mtime > max(path.stat().st_mtime for path in (file, *helpers, *package)):
+        print(f"{label}: ran before", flush=True)
+        return True
+    started = time.time()
+    # Without torch.compile, whose own compiler would run with the sanitizer preloaded, for minutes.
+    status = run(env | ({"FASTGAN_LANES": width} if width else {}), "-k", "not compile", str(file))
+    passed = status == 0 or (status == 1 and not must_pass)
+    print(f"{label}: {'passed' if passed else f'status {status}'}, {time.time() - started:.0f} s", flush=True)
+    if passed:
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+        # What was edited meanwhile did not run.
+        os.utime(mark, (started, started))
+    return passed
+
+
 def main() -> int:
     folder, arguments = Path(sys.argv[1]).resolve(), sys.argv[2:]
     env = environment(folder)
     prove(env, folder)
     if arguments:
         return run(env, *arguments)
-    # Without torch.compile, whose own compiler would run with the sanitizer preloaded, for minutes. A test that fails
-    # (1) is no report: some bounds on long sums are met in vector registers alone, which instrumented loops do without.
-    passed = run(env, "-k", "not compile", *(f"tests/test_{name}.py" for name in OPS)) in (0, 1)
-    for width in WIDTHS:
-        passed &= run(env | {"FASTGAN_LANES": str(width)}, "tests/fuzz") == 0
-    return not passed
+    failed = [f"{file.stem} {width}" for file, width, must in pieces() if not run_piece(env, folder, file, width, must)]
+    print(f"failed: {', '.join(failed)}" if failed else "no report")
+    return bool(failed)
 
 
 if __name__ == "__main__":
