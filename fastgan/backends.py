@@ -56,9 +56,12 @@ _precision_from_environment = _checked_precision(os.environ.get("FASTGAN_PRECISI
 
 
 class _Local(threading.local):
-    override: str | None = None
-    precision: str | None = None
-    recording: bool = False
+    # Set in every thread from the start: torch.compile's guards on attributes of the class do not see that an
+    # instance has got its own, and a graph compiled before the first ``with`` would serve what is inside it.
+    def __init__(self) -> None:
+        self.override: str | None = None
+        self.precision: str | None = None
+        self.recording = False
 
 
 _local = _Local()
