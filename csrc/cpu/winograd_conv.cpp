@@ -39,9 +39,7 @@ class WinogradWeights {
         plan_(plan),
         slab_(slab_size()),
         together_(together),
-        part_depth_(plan.part_depth),
-        depth_(part_depth_ * static_cast<int64_t>(plan.parts.size())),
-        size_(depth_ * together * slab_ + kLine) {
+        size_(plan.depth * together * slab_ + kLine) {
     // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.
     const std::vector<int64_t> key{plan.m,
                                    together,
@@ -79,7 +77,7 @@ class WinogradWeights {
 
   const ConvPlan& conv_;
   const WinogradPlan& plan_;
-  const int64_t slab_, together_, part_depth_, depth_, size_;
+  const int64_t slab_, together_, size_;
   std::shared_ptr<const LargeBuffer> data_;
 };
 
@@ -94,8 +92,8 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
     std::vector<float> kernels(kChannels * kernel_size());  // a tap of zeros behind each
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slab = task / groups, place = task % groups * kGroup, o = slab * slab_ + place;
-      for (int64_t first = 0; first < part_depth_; first += kChannels) {
-        const int64_t count = std::min(kChannels, part_depth_ - first);
+      for (int64_t first = 0; first < plan_.part_depth; first += kChannels) {
+        const int64_t count = std::min(kChannels, plan_.part_depth - first);
         for (int64_t i = 0; i < count; ++i) {
           gather_channels({.from = values + o * row + (first + i) * channel,
                            .channel = row,
@@ -120,8 +118,9 @@ void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_
       std::vector<int64_t> positions(phase.of_part[part]);
       for (int64_t& position : positions) position *= kGroup;
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t k = static_cast<int64_t>(part) * part_depth_ + first + i, chunk = k / kPanelDepth * kPanelDepth;
-        const int64_t length = std::min(kPanelDepth, depth_ - chunk);
+        const int64_t k = static_cast<int64_t>(part) * plan_.part_depth + first + i,
+                      chunk = k / kPanelDepth * kPanelDepth;
+        const int64_t length = std::min(kPanelDepth, plan_.depth - chunk);
         transforms.weight(kernels + i * kernel_size(), positions.data(), kGroup / product_lanes(),
                           to + offset(phase.first_weight, chunk, length, slab) + (k - chunk) * slab_ + place, size_);
       }
@@ -176,14 +175,12 @@ class Call {
         growing_(growing),
         first_channel_(growing ? growing->channels : 0),
         plan_(conv, taps_per_axis(conv, weight.size(2)), m),
-        part_depth_(plan_.part_depth),
-        depth_(part_depth_ * static_cast<int64_t>(plan_.parts.size())),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
         slab_(slab_size()),
-        most_depth_(growing ? growing->most : depth_),
+        most_depth_(growing ? growing->most : plan_.depth),
         blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, *growing)
-                          : blocking_of(conv, plan_, depth_, torch::stable::get_num_threads())),
+                          : blocking_of(conv, plan_, plan_.depth, torch::stable::get_num_threads())),
         weights_(conv, plan_, blocking_.slabs, weight, g) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
@@ -242,7 +239,7 @@ class Call {
   GrowingTiles* const growing_;
   const int64_t first_channel_;  // of x
   const WinogradPlan plan_;
-  const int64_t part_depth_, depth_, phases_, lanes_, slab_, most_depth_;
+  const int64_t phases_, lanes_, slab_, most_depth_;
   const Blocking blocking_;
   const WinogradWeights weights_;
 };
@@ -289,7 +286,7 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
 void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b) const {
   const int64_t step = plan_.stride * plan_.m, value = tile_value(), row_stride = b.patch.row_stride();
   for (int64_t channel = first_channel_; channel < conv_.c_in; channel += kGroup) {
-    const int64_t vectors = std::min(kGroup, part_depth_ - channel) / lanes_;
+    const int64_t vectors = std::min(kGroup, plan_.part_depth - channel) / lanes_;
     for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
       b.patch.load(x, sample, channel - first_channel_, row * step + plan_.origin.y, (count - 1) * step + plan_.span.y,
                    block.column * step + plan_.origin.x, (block.columns - 1) * step + plan_.span.x);
@@ -310,7 +307,7 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
             }
           }
         }
-        k += part_depth_;
+        k += plan_.part_depth;
       }
     });
   }
@@ -333,8 +330,8 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
                             Buffers& b) const {
   const int64_t tiles = block.tiles(), vectors = slab_ / lanes_;
   float* const sums = b.sums.get() + product.sums * sum_product();
-  for (int64_t first = 0; first < depth_; first += kPanelDepth) {
-    const int64_t count = std::min(kPanelDepth, depth_ - first);
+  for (int64_t first = 0; first < plan_.depth; first += kPanelDepth) {
+    const int64_t count = std::min(kPanelDepth, plan_.depth - first);
     const float* const from = b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
     // So many slabs of weights stay in the first-level cache while the tiles pass by.
     const int64_t together = std::max<int64_t>(1, kPanelDepth / count);

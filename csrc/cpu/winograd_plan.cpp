@@ -84,7 +84,7 @@ WinogradPlan::PhaseTaps WinogradPlan::taps_of_phase(const ConvPlan& conv, const 
 
 bool WinogradPlan::many_weights() const {
   constexpr int64_t kMost = 1 << 20;
-  return weights * part_depth * static_cast<int64_t>(parts.size()) * c_out_ > kMost;
+  return weights * depth * c_out_ > kMost;
 }
 
 WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile)
@@ -103,6 +103,7 @@ WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile)
     parts.push_back({stride * start.dy + start.plane / stride, stride * start.dx + start.plane % stride});
   }
   part_depth = round_up(conv.c_in, parts.size() > 1 ? kGroup : product_lanes());
+  depth = part_depth * static_cast<int64_t>(parts.size());
   all_tiles_ = conv.n * tiles_h * tiles_w;
   c_out_ = conv.c_out;
   const auto [top, bottom] = std::ranges::minmax(parts, {}, &Part::y);

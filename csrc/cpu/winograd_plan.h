@@ -42,7 +42,7 @@ struct WinogradPlan {
   // With tiles of `tile` x `tile` results; per_axis is taps_per_axis of the convolution, not 0.
   WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile);
 
-  int64_t part_depth;  // channels of one part in the depth of the products
+  int64_t part_depth, depth;  // of the products: channels of one part, and of all
 
   // Whether the weights are more than stay in the third-level cache beside the tiles.
   bool many_weights() const;

@@ -35,7 +35,7 @@ double direct_cost(const ConvPlan& conv) {
 
 double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
-  const double depth = static_cast<double>(plan.part_depth) * plan.parts.size();
+  const double depth = plan.depth;
   const double kept_cost = plan.divides_weights() ? kDividedCost : kKeptCost, weight = kept ? kept_cost : kWeightCost;
   return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
          plan.values * depth * tiles * kTileCost;
