@@ -18,7 +18,7 @@ from fastgan.infer import files
 from fastgan.infer.capture import Captured, capture
 from fastgan.infer.choose import by_cost, by_trying
 from fastgan.infer.fold import crop_kernels, fold_constants, fold_factors, fold_upsampling
-from fastgan.infer.fuse import fuse
+from fastgan.infer.fuse import fuse, fuse_dense_blocks
 from fastgan.infer.lower import lower, use_energies
 from fastgan.infer.plan import Chooser, hoist, make_program
 from fastgan.infer.report import Memory, Report, rows_of
@@ -118,6 +118,7 @@ def simplify(module: fx.GraphModule) -> None:
     fuse(module)
     fold_constants(module)
     fold_factors(module)
+    fuse_dense_blocks(module)
     fold_upsampling(module)
     crop_kernels(module)
     hoist(module)

@@ -94,7 +94,7 @@ def fold_upsampling(module: fx.GraphModule) -> None:
         kwargs.update(x=up.args[0], weight=add_constant(module, merged, node), stride=(2, 2), padding=padding)
         kwargs.update(transposed=True, output_padding=(0, 0))
         new = replace(node, nodes.convolution, kwargs)
-        new.meta["fused"] = ["nearest up-sampling"]
+        new.meta["fused"].insert(0, nodes.name_of(up))
     eliminate_dead(module.graph)
 
 

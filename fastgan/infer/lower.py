@@ -77,13 +77,13 @@ def use_energies(module: fx.GraphModule) -> None:
 
 
 def replace(node: fx.Node, function: Callable[..., Any], kwargs: dict[str, Any], named: fx.Node | None = None) -> fx.Node:
-    """A node of its own in the place of ``node``, whose value it computes."""
+    """A node of its own in the place of ``node``, whose value it computes; it goes by the name of ``named``."""
     graph = node.graph
     with graph.inserting_before(node):
         new = graph.call_function(function, kwargs=kwargs)
     new.meta["val"] = node.meta["val"]
-    new.meta["origin"] = nodes.name_of(named or node)
-    new.meta["twin"] = node.meta.get("twin")
+    named = node if named is None else named
+    new.meta.update(origin=nodes.name_of(named), twin=node.meta.get("twin"), fused=list(named.meta.get("fused", [])))
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
