@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -162,6 +162,9 @@ class FastGenerator(nn.Module):
         self.differences: dict[str, float] = {}
         self._captured = captured
         self._sample: dict[str, Any] = {}
+        arguments = captured.in_spec.child(0)
+        plain = captured.in_spec.num_leaves == arguments.num_children and all(c.is_leaf() for c in arguments.children())
+        self._only_tensors = arguments.num_children if plain and set(captured.leaves) <= {None} else None
         self._weights = FrozenWeights(captured.module)
         self.program = make_program(captured.module, choose)
         self.pool = Pool(self.program)
@@ -172,9 +175,7 @@ class FastGenerator(nn.Module):
         Raises:
             ValueError: arguments that are not like the example's.
         """
-        inputs = self._inputs(args, kwargs)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), self.pool.borrow() as workspace:
-            results = workspace.run(inputs)
+        results = self._run(self._inputs(args, kwargs))
         return pytree.tree_unflatten(results, self._captured.out_spec)
 
     def report(self) -> Report:
@@ -192,10 +193,9 @@ class FastGenerator(nn.Module):
             times[number].append(1e3 * (now - last))
             last = time.perf_counter()
 
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), self.pool.borrow() as workspace:
-            for _ in range(rounds + 1):
-                last = time.perf_counter()
-                workspace.run(inputs, watch)
+        for _ in range(rounds + 1):
+            last = time.perf_counter()
+            self._run(inputs, watch)
         measured = [median(of_step[1:]) for of_step in times]
         return Report(rows_of(self.program, measured), dict(self.differences), self.precision)
 
@@ -229,8 +229,20 @@ class FastGenerator(nn.Module):
         facts = {"precision": self.precision, "differences": self.differences, "sample": self._sample}
         files.save(Path(path), self._captured, self.program, facts)
 
+    def _run(self, inputs: list[Tensor], watch: Callable[[int, Any], None] | None = None) -> list[Any]:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self._run(inputs, watch)
+        with torch.no_grad(), self.pool.borrow() as workspace:
+            return workspace.run(inputs, watch)
+
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves: Sequence[Any] = args
+        # What pytree would find as well, and takes as long for as a small layer.
+        if kwargs or len(args) != self._only_tensors or not all([isinstance(leaf, Tensor) for leaf in args]):
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+        else:
+            spec = self._captured.in_spec
         if spec != self._captured.in_spec:
             raise ValueError(
                 f"infer: arguments must be those of the example, {_signature(self._captured.in_spec)}, got "
