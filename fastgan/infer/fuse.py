@@ -82,7 +82,7 @@ def _merged(
 ) -> dict[str, Any] | None:
     """The producer's arguments with the second epilogue behind its own, where one epilogue can say both:
 
-        y₁ = clamp₁(g₁ · act₁(s₁ c + n₁ + b₁)) + r₁ R₁,    y = clamp(g · act(s y₁ + n + b)) + r R.
+    y₁ = clamp₁(g₁ · act₁(s₁ c + n₁ + b₁)) + r₁ R₁,    y = clamp(g · act(s y₁ + n + b)) + r R.
     """
     first = epilogue_of(producer)
     if first is None:
@@ -234,11 +234,11 @@ _RULES: tuple[Callable[[fx.GraphModule, fx.Node], bool], ...] = (
 # Dense blocks
 
 
-def fuse_dense_blocks(module: fx.GraphModule) -> None:
+def fuse_dense_blocks(module: fx.GraphModule, precision: str) -> None:
     """Convolutions each of which reads the image and the results of all before it, and the image added at the end."""
     for node in list(module.graph.nodes):
         layers = _dense_layers(node)
-        if layers is None or not _shares_tiles(node.kwargs["residual"], layers):
+        if layers is None or not _shares_tiles(node.kwargs["residual"], layers, precision):
             continue
         x, last = node.kwargs["residual"], layers[-1].kwargs
         biases = [layer.kwargs.get("bias") for layer in layers]
@@ -254,12 +254,12 @@ def fuse_dense_blocks(module: fx.GraphModule) -> None:
     eliminate_dead(module.graph)
 
 
-def _shares_tiles(x: fx.Node, layers: list[fx.Node]) -> bool:
+def _shares_tiles(x: fx.Node, layers: list[fx.Node], precision: str) -> bool:
     """Whether the CPU's kernels are faster at the block than at its layers."""
     if x.meta["val"].device.type == "cuda" or _native.cpu_library() is None:
         return False
     weights = [constant_of(layer.kwargs["weight"]) for layer in layers]
-    return bool(torch.ops.fastgan._dense_block_tile(torch.empty(shape_of(x)), weights, "fp32"))
+    return bool(torch.ops.fastgan._dense_block_tile(torch.empty(shape_of(x)), weights, precision))
 
 
 def _dense_layers(node: fx.Node) -> list[fx.Node] | None:
