@@ -6,12 +6,17 @@
 // P counts the pixels of all samples on the small side: of the result, transposed of x. One sum has one order, which
 // depends on the shapes alone, so the number of threads changes nothing; and no pixel meets another one's values, so a
 // NaN stays in its sample.
+//
+// W in bfloat16 is a copy whose rows lie pairwise (bf16.h) in whole pairs of registers, the rest as it was: sums are
+// those of a W of floats that was rounded.
 
 #include "few_pixels.h"
 
 #include <algorithm>
 #include <memory>
 
+#include "bf16.h"
+#include "kept_weights.h"
 #include "simd.h"
 
 namespace fastgan {
@@ -40,23 +45,42 @@ using vector_t = register_t<C, 32>;
 
 // ---- inner loops, compiled per instruction set
 
+// Registers of weights that are loaded together: of bfloat16 two, which are whole.
+template <typename W>
+constexpr int kTogether = std::is_same_v<W, BFloat16> ? 2 : 1;
+
+template <typename V, typename W, int kVectors>
+FASTGAN_INLINE void load_weights(const W* from, V (&weights)[kVectors]) {
+  if constexpr (std::is_same_v<W, BFloat16>) {
+    static_assert(kVectors == 2);
+    widen_pair(from, weights[0], weights[1]);
+  } else {
+    FASTGAN_UNROLL
+    for (int v = 0; v < kVectors; ++v) weights[v] = load<V>(from + v * static_cast<int64_t>(sizeof(V) / sizeof(W)));
+  }
+}
+
 // sums[r, p] += <w[r, :], x[p, :]>, x [P, n], for R rows and P pixels held in registers.
-template <int R, int P, typename C>
-FASTGAN_INLINE void dot_tile(const C* __restrict__ w, int64_t w_stride, const C* __restrict__ x, int64_t n,
+template <int R, int P, typename W, typename C>
+FASTGAN_INLINE void dot_tile(const W* __restrict__ w, int64_t w_stride, const C* __restrict__ x, int64_t n,
                              C* __restrict__ sums, int64_t sums_stride) {
   using V = vector_t<C>;
+  constexpr int kVectors = kTogether<W>;
   V acc[R][P] = {};
   int64_t i = 0;
-  for (; i + kLanes<V> <= n; i += kLanes<V>) {
-    V a[R], b[P];
+  for (; i + kVectors * kLanes<V> <= n; i += kVectors * kLanes<V>) {
+    V a[R][kVectors], b[P][kVectors];
     FASTGAN_UNROLL
-    for (int r = 0; r < R; ++r) a[r] = load<V>(w + r * w_stride + i);
+    for (int r = 0; r < R; ++r) load_weights(w + r * w_stride + i, a[r]);
     FASTGAN_UNROLL
-    for (int p = 0; p < P; ++p) b[p] = load<V>(x + p * n + i);
+    for (int p = 0; p < P; ++p) load_weights(x + p * n + i, b[p]);
     FASTGAN_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
       FASTGAN_UNROLL
-      for (int p = 0; p < P; ++p) acc[r][p] += a[r] * b[p];
+      for (int r = 0; r < R; ++r) {
+        FASTGAN_UNROLL
+        for (int p = 0; p < P; ++p) acc[r][p] += a[r][v] * b[p][v];
+      }
     }
   }
   FASTGAN_UNROLL
@@ -64,15 +88,15 @@ FASTGAN_INLINE void dot_tile(const C* __restrict__ w, int64_t w_stride, const C*
     FASTGAN_UNROLL
     for (int p = 0; p < P; ++p) {
       C total = 0;
-      for (int64_t j = i; j < n; ++j) total += w[r * w_stride + j] * x[p * n + j];
+      for (int64_t j = i; j < n; ++j) total += static_cast<C>(w[r * w_stride + j]) * x[p * n + j];
       for (int lane = 0; lane < kLanes<V>; ++lane) total += acc[r][p][lane];
       sums[r * sums_stride + p] += total;
     }
   }
 }
 
-template <int R, typename C>
-FASTGAN_INLINE void dot_rows(const C* w, int64_t w_stride, const C* x, int64_t pixels, int64_t n, C* sums) {
+template <int R, typename W, typename C>
+FASTGAN_INLINE void dot_rows(const W* w, int64_t w_stride, const C* x, int64_t pixels, int64_t n, C* sums) {
   int64_t p = 0;
   for (; p + kDotPixels <= pixels; p += kDotPixels) {
     dot_tile<R, kDotPixels>(w, w_stride, x + p * n, n, sums + p, pixels);
@@ -82,13 +106,14 @@ FASTGAN_INLINE void dot_rows(const C* w, int64_t w_stride, const C* x, int64_t p
 
 // sums[r, p] = <w[r, :], x[p, :]>; w [rows, columns] and sums are contiguous, x is one [pixels, n] after the other for
 // each block of n = `block` columns (the last may be narrower).
-template <typename C>
-FASTGAN_INLINE void dot_all(const C* w, int64_t rows, const C* x, int64_t pixels, int64_t columns, int64_t block,
+template <typename W, typename C>
+FASTGAN_INLINE void dot_all(const W* w, int64_t rows, const C* x, int64_t pixels, int64_t columns, int64_t block,
                             C* sums) {
   std::fill_n(sums, rows * pixels, C(0));
   for (int64_t start = 0; start < columns; start += block) {
     const int64_t n = std::min(block, columns - start);
-    const C *const rows_of_w = w + start, *const pixels_of_x = x + start * pixels;
+    const W* const rows_of_w = w + start;
+    const C* const pixels_of_x = x + start * pixels;
     int64_t r = 0;
     for (; r + kDotRows <= rows; r += kDotRows) {
       dot_rows<kDotRows>(rows_of_w + r * columns, columns, pixels_of_x, pixels, n, sums + r * pixels);
@@ -97,6 +122,10 @@ FASTGAN_INLINE void dot_all(const C* w, int64_t rows, const C* x, int64_t pixels
   }
 }
 FASTGAN_MULTIVERSION void dot_task(const float* w, int64_t rows, const float* x, int64_t pixels, int64_t columns,
+                                   int64_t block, float* sums) {
+  dot_all(w, rows, x, pixels, columns, block, sums);
+}
+FASTGAN_MULTIVERSION void dot_task(const BFloat16* w, int64_t rows, const float* x, int64_t pixels, int64_t columns,
                                    int64_t block, float* sums) {
   dot_all(w, rows, x, pixels, columns, block, sums);
 }
@@ -110,16 +139,19 @@ template <typename C>
 constexpr int64_t kAxpyStep = kAxpyVectors * kLanes<vector_t<C>>;
 
 // sums[p, :] += sum_c x[c, p] w[c, :] for P pixels, `channels` channels and kVectors registers of columns (V may be C).
-template <int P, int kVectors, typename V, typename C>
-FASTGAN_INLINE void axpy_tile(const C* __restrict__ w, int64_t w_stride, const C* __restrict__ x, int64_t x_stride,
+template <int P, int kVectors, typename V, typename W, typename C>
+FASTGAN_INLINE void axpy_tile(const W* __restrict__ w, int64_t w_stride, const C* __restrict__ x, int64_t x_stride,
                               int64_t channels, C* __restrict__ sums) {
   constexpr int64_t kWidth = sizeof(V) / sizeof(C);
   // From zero and not from the sums: added block by block, a thousand channels round a third as much.
   V acc[P][kVectors] = {};
   for (int64_t c = 0; c < channels; ++c) {
     V a[kVectors];
-    FASTGAN_UNROLL
-    for (int v = 0; v < kVectors; ++v) a[v] = load<V>(w + c * w_stride + v * kWidth);
+    if constexpr (std::is_same_v<V, C>) {
+      a[0] = static_cast<C>(w[c * w_stride]);
+    } else {
+      load_weights(w + c * w_stride, a);
+    }
     FASTGAN_UNROLL
     for (int p = 0; p < P; ++p) {
       FASTGAN_UNROLL
@@ -136,8 +168,8 @@ FASTGAN_INLINE void axpy_tile(const C* __restrict__ w, int64_t w_stride, const C
   }
 }
 
-template <int kVectors, typename V, typename C>
-FASTGAN_INLINE void axpy_pixels(const C* w, int64_t w_stride, const C* x, int64_t pixels, int64_t channels, C* sums) {
+template <int kVectors, typename V, typename W, typename C>
+FASTGAN_INLINE void axpy_pixels(const W* w, int64_t w_stride, const C* x, int64_t pixels, int64_t channels, C* sums) {
   int64_t p = 0;
   for (; p + kAxpyPixels <= pixels; p += kAxpyPixels) {
     axpy_tile<kAxpyPixels, kVectors, V>(w, w_stride, x + p, pixels, channels, sums + p * kAxpyStep<C>);
@@ -148,14 +180,15 @@ FASTGAN_INLINE void axpy_pixels(const C* w, int64_t w_stride, const C* x, int64_
 // sums[p, :n] = sum_c x[c, p] w[c, :n]; x is [channels, pixels], rows of w are w_stride apart. Sums lie as
 // [ceil(n / kStep), pixels, kStep]: pixel by pixel they would be a power of two apart, as the rows of w often are, and
 // all meet in one set of the first-level cache.
-template <typename C>
-FASTGAN_INLINE void axpy_all(const C* w, int64_t w_stride, const C* x, int64_t pixels, int64_t channels, int64_t n,
+template <typename W, typename C>
+FASTGAN_INLINE void axpy_all(const W* w, int64_t w_stride, const C* x, int64_t pixels, int64_t channels, int64_t n,
                              C* sums) {
   constexpr int64_t kStep = kAxpyStep<C>;
   std::fill_n(sums, (n + kStep - 1) / kStep * kStep * pixels, C(0));
   for (int64_t c = 0; c < channels; c += kAxpyChannels) {
     const int64_t block = std::min(kAxpyChannels, channels - c), next = std::min(kAxpyChannels, channels - c - block);
-    const C *const rows = w + c * w_stride, *const values = x + c * pixels;
+    const W* const rows = w + c * w_stride;
+    const C* const values = x + c * pixels;
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
       // The hardware follows a row only to the end of its page, where its columns of this task end.
@@ -171,6 +204,10 @@ FASTGAN_INLINE void axpy_all(const C* w, int64_t w_stride, const C* x, int64_t p
 }
 FASTGAN_MULTIVERSION void axpy_task(const float* w, int64_t w_stride, const float* x, int64_t pixels, int64_t channels,
                                     int64_t n, float* sums) {
+  axpy_all(w, w_stride, x, pixels, channels, n, sums);
+}
+FASTGAN_MULTIVERSION void axpy_task(const BFloat16* w, int64_t w_stride, const float* x, int64_t pixels,
+                                    int64_t channels, int64_t n, float* sums) {
   axpy_all(w, w_stride, x, pixels, channels, n, sums);
 }
 void axpy_task(const double* w, int64_t w_stride, const double* x, int64_t pixels, int64_t channels, int64_t n,
@@ -220,8 +257,9 @@ struct Window {
 // Channels of a block of about `columns` columns; 16 of them fill whole registers for any kernel.
 int64_t channels_per_block(int64_t columns, int64_t taps) { return std::max<int64_t>(1, columns / (16 * taps)) * 16; }
 
-template <typename C>
-void convolve(const Image<const C>& x, const Tensor& weight, const C* bias, const Image<C>& y, const ConvGeometry& g) {
+template <typename W, typename C>
+void convolve(const Image<const C>& x, const Tensor& weight, const W* w, const C* bias, const Image<C>& y,
+              const ConvGeometry& g) {
   const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3), taps = kernel_h * kernel_w;
   const int64_t pixels = y.pixels(), columns = x.c * taps;
   const int64_t channels = channels_per_block(kDotColumns, taps), blocks = (x.c + channels - 1) / channels;
@@ -243,7 +281,6 @@ void convolve(const Image<const C>& x, const Tensor& weight, const C* bias, cons
       }
     }
   });
-  const C* const w = weight.const_data_ptr<C>();
   const int64_t tasks = (y.c + kTaskRows - 1) / kTaskRows;
   const int64_t grain = kGrainElements / (kTaskRows * columns) + 1;
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
@@ -289,8 +326,8 @@ void add_products(const C* products, const Image<const C>& x, int64_t first, int
   }
 }
 
-template <typename C>
-void convolve_transposed(const Image<const C>& x, const Tensor& weight, const C* bias, const Image<C>& y,
+template <typename W, typename C>
+void convolve_transposed(const Image<const C>& x, const Tensor& weight, const W* w, const C* bias, const Image<C>& y,
                          const ConvGeometry& g) {
   const int64_t kernel_h = weight.size(2), kernel_w = weight.size(3), taps = kernel_h * kernel_w;
   const int64_t pixels = x.pixels(), columns = y.c * taps;
@@ -299,7 +336,6 @@ void convolve_transposed(const Image<const C>& x, const Tensor& weight, const C*
     const C* const from = x.at(p / (x.h * x.w), p / x.w % x.h, p % x.w);
     for (int64_t c = 0; c < x.c; ++c) packed[c * pixels + p] = from[c * x.stride_c];
   }
-  const C* const w = weight.const_data_ptr<C>();
   // Whole channels per task, so that no two tasks add to one value.
   const int64_t channels = channels_per_block(kAxpyColumns, taps);
   const int64_t tasks = (y.c + channels - 1) / channels;
@@ -312,6 +348,24 @@ void convolve_transposed(const Image<const C>& x, const Tensor& weight, const C*
       add_products(products.get(), x, first, count, kernel_h, kernel_w, bias, y, g);
     }
   });
+}
+
+// The bfloat16 copy of a weight, as a matrix whose rows belong to the weight's first axis.
+LargeBuffer narrowed(const Tensor& weight) {
+  constexpr int64_t kWidth = kLanes<vector_t<float>>;
+  const int64_t rows = weight.size(0), columns = weight.size(1) * weight.size(2) * weight.size(3);
+  const int64_t in_pairs = columns / (2 * kWidth) * 2 * kWidth;
+  const float* const from = weight.const_data_ptr<float>();
+  LargeBuffer copy = bf16_buffer(rows * columns);
+  BFloat16* const to = bf16_of(copy);
+  torch::stable::parallel_for(0, rows, kGrainElements / columns + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t i = 0; i < columns; ++i) {
+        to[row * columns + (i < in_pairs ? paired(i, kWidth) : i)] = BFloat16(from[row * columns + i]);
+      }
+    }
+  });
+  return copy;
 }
 
 }  // namespace
@@ -331,26 +385,31 @@ Refusal refused_by_few_pixels(const Tensor& x, const Tensor& weight, const ConvG
 }
 
 Tensor convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const ConvGeometry& g) {
+                           const ConvGeometry& g, Storage storage) {
   using torch::headeronly::MemoryFormat;
   const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
                                   result_size(x, weight, g, 1)};
   Tensor y = torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
                                   suggests_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  const auto run = [&]<typename C>(C) {
+  const auto run = [&]<typename W, typename C>(const W* w, C) {
     const Image<const C> from(x, x.const_data_ptr<C>());
     const Image<C> to(y, y.mutable_data_ptr<C>());
     const C* const b = bias ? bias->const_data_ptr<C>() : nullptr;
     if (g.transposed) {
-      convolve_transposed<C>(from, weight, b, to, g);
+      convolve_transposed<W, C>(from, weight, w, b, to, g);
     } else {
-      convolve<C>(from, weight, b, to, g);
+      convolve<W, C>(from, weight, w, b, to, g);
     }
   };
-  if (x.scalar_type() == ScalarType::Float) {
-    run(float());
+  if (x.scalar_type() == ScalarType::Double) {
+    run(weight.const_data_ptr<double>(), double());
+  } else if (storage == Storage::kFloat) {
+    run(weight.const_data_ptr<float>(), float());
   } else {
-    run(double());
+    // Of Winograd's keys none is as short.
+    const auto kept = made_of(weight.const_data_ptr<float>(), weight.numel(), {weight.size(0), weight.size(1)},
+                              [&] { return narrowed(weight); });
+    run(bf16_of(*kept), float());
   }
   return y;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "bf16.h"
 #include "simd.h"
 
 namespace fastgan {
@@ -9,12 +10,22 @@ namespace {
 
 // ---- rows of weights times a stretch of the image
 
-template <typename V, int kRows, int kVectors>
-FASTGAN_INLINE void multiply_row(const float* weights, const float* const (&starts)[kVectors], int64_t offset,
-                                 V (&sums)[kRows][kVectors]) {
-  V pixels[kVectors];
+template <typename V, int kVectors>
+FASTGAN_INLINE void load_row(const float* const (&starts)[kVectors], int64_t offset, V (&pixels)[kVectors]) {
   FASTGAN_UNROLL
   for (int v = 0; v < kVectors; ++v) pixels[v] = load<V>(starts[v] + offset);
+}
+template <typename V, int kVectors>
+FASTGAN_INLINE void load_row(const BFloat16* const (&starts)[kVectors], int64_t offset, V (&pixels)[kVectors]) {
+  FASTGAN_UNROLL
+  for (int v = 0; v < kVectors; v += 2) widen_pair(starts[v] + offset, pixels[v], pixels[v + 1]);
+}
+
+template <typename V, int kRows, int kVectors, typename T>
+FASTGAN_INLINE void multiply_row(const float* weights, const T* const (&starts)[kVectors], int64_t offset,
+                                 V (&sums)[kRows][kVectors]) {
+  V pixels[kVectors];
+  load_row(starts, offset, pixels);
   FASTGAN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     FASTGAN_UNROLL
@@ -22,11 +33,11 @@ FASTGAN_INLINE void multiply_row(const float* weights, const float* const (&star
   }
 }
 
-template <typename V, int kRows, int kVectors, bool kFetch>
-FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
-  const float* starts[kVectors];
+template <typename V, int kRows, int kVectors, bool kFetch, typename T>
+FASTGAN_INLINE void panel_tile(const PanelProducts& p, const T* image, int64_t first) {
+  const T* starts[kVectors];
   FASTGAN_UNROLL
-  for (int v = 0; v < kVectors; ++v) starts[v] = p.image + p.columns[first + v];
+  for (int v = 0; v < kVectors; ++v) starts[v] = image + p.columns[first + v];
   const float* __restrict__ weights = p.weights;
   const int32_t* __restrict__ offsets = p.offsets;
   V sums[kRows][kVectors] = {};
@@ -52,28 +63,38 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, int64_t first) {
 }
 
 // kVectors x kRows sums: as many as the registers hold beside their operands.
-template <typename V, int kRows, int kVectors, bool kFetch = false>
-FASTGAN_INLINE void panel(const PanelProducts& p) {
+template <typename V, int kRows, int kVectors, bool kFetch = false, typename T>
+FASTGAN_INLINE void panel(const PanelProducts& p, const T* image) {
+  constexpr int kLeast = sizeof(T) == sizeof(float) ? 1 : 2;
   int64_t v = 0;
-  for (; v + kVectors <= p.vectors; v += kVectors) panel_tile<V, kRows, kVectors, kFetch>(p, v);
-  for (; v < p.vectors; ++v) panel_tile<V, kRows, 1, false>(p, v);
+  for (; v + kVectors <= p.vectors; v += kVectors) panel_tile<V, kRows, kVectors, kFetch>(p, image, v);
+  for (; v < p.vectors; v += kLeast) panel_tile<V, kRows, kLeast, false>(p, image, v);
+}
+
+template <typename V, int kWide, typename T>
+FASTGAN_INLINE void any_panel_of(const PanelProducts& p, const T* image) {
+  switch (p.rows) {
+    case 1:
+      return panel<V, 1, 4 * kWide>(p, image);
+    case 2:
+      return panel<V, 2, 4 * kWide>(p, image);
+    case 3:
+      return panel<V, 3, 4 * kWide>(p, image);
+    case 4:
+      return panel<V, 4, 2 * kWide>(p, image);
+    case 5:
+      return panel<V, 5, 2 * kWide>(p, image);
+    default:
+      return p.next ? panel<V, kPanelRows, 2 * kWide, true>(p, image) : panel<V, kPanelRows, 2 * kWide>(p, image);
+  }
 }
 
 template <typename V, int kWide>
 FASTGAN_INLINE void any_panel(const PanelProducts& p) {
-  switch (p.rows) {
-    case 1:
-      return panel<V, 1, 4 * kWide>(p);
-    case 2:
-      return panel<V, 2, 4 * kWide>(p);
-    case 3:
-      return panel<V, 3, 4 * kWide>(p);
-    case 4:
-      return panel<V, 4, 2 * kWide>(p);
-    case 5:
-      return panel<V, 5, 2 * kWide>(p);
-    default:
-      return p.next ? panel<V, kPanelRows, 2 * kWide, true>(p) : panel<V, kPanelRows, 2 * kWide>(p);
+  if (p.image) {
+    any_panel_of<V, kWide>(p, p.image);
+  } else {
+    any_panel_of<V, kWide>(p, p.narrow_image);
   }
 }
 

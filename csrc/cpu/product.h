@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common.h"
+
 namespace fastgan {
 
 // Floats per register of the instruction set chosen at run time.
@@ -20,13 +22,16 @@ int64_t product_vectors();
 constexpr int64_t kPanelRows = 6, kPanelDepth = 256, kPanelStride = 272;
 
 // sums[r, v * lanes + l] (+)= sum_k weights[r, k] * image[offsets[k] + columns[v] + l].
+//
+// An image in bfloat16 lies pairwise (bf16.h): its vectors are an even number, two side by side.
 struct PanelProducts {
   const float* weights;    // [rows, kPanelStride], of which `depth` are used
   int64_t rows;            // 1 ... kPanelRows
   const int32_t* offsets;  // or none: k * step
   int64_t step = 0;
   int64_t depth;
-  const float* image;
+  const float* image;  // or none: narrow_image
+  const BFloat16* narrow_image = nullptr;
   const int32_t* columns;
   int64_t vectors;
   float* sums;

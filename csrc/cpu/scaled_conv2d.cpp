@@ -10,6 +10,7 @@
 #include <array>
 #include <limits>
 
+#include "bf16.h"
 #include "conv_choice.h"
 #include "convert.h"
 #include "direct_conv.h"
@@ -77,8 +78,8 @@ Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
 
 // The dense product by torch's convolution, or at very few pixels by few_pixels.h.
 Tensor convolution(Algorithm algorithm, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const ConvGeometry& g) {
-  if (algorithm == Algorithm::kFewPixels) return convolve_few_pixels(x, weight, bias, g);
+                   const ConvGeometry& g, Storage storage) {
+  if (algorithm == Algorithm::kFewPixels) return convolve_few_pixels(x, weight, bias, g, storage);
   using torch::stable::detail::from;
   std::array<StableIValue, 9> stack{from(x),         from(weight),     from(bias),         from(g.stride),
                                     from(g.padding), from(g.dilation), from(g.transposed), from(g.output_padding),
@@ -91,15 +92,15 @@ bool is_fused(Algorithm algorithm) { return algorithm != Algorithm::kFewPixels &
 
 // The whole op by products of our own, into y and `saved`, if any: scales and epilogue happen inside them.
 void fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& weight,
-                    const std::optional<Tensor>& in_scale, const ConvGeometry& g, const EpilogueArgs& args,
-                    const Tensor& y, float* saved) {
+                    const std::optional<Tensor>& in_scale, const ConvGeometry& g, Storage storage,
+                    const EpilogueArgs& args, const Tensor& y, float* saved) {
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
   const PlanarResult result(dense, y, saved);
   if (choice.algorithm == Algorithm::kUnfolded) {
     unfolded_conv(x, weight, in_scale, g, result);
   } else if (choice.algorithm == Algorithm::kWinograd) {
-    winograd_conv(x, weight, in_scale, g, choice.tile, result);
+    winograd_conv(x, weight, in_scale, g, choice.tile, storage, result);
   } else {
     direct_conv(x, weight, in_scale, g, result);
   }
@@ -138,10 +139,12 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
     const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false),
                  c = save_conv ? empty_dense({size.data(), size.size()}, ScalarType::Float, false)
                                : torch::stable::new_empty(x, {0});
-    fused_products(choice, x, weight, in_scale, geometry, args, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);
+    fused_products(choice, x, weight, in_scale, geometry, Storage::kFloat, args, y,
+                   save_conv ? c.mutable_data_ptr<float>() : nullptr);
     return {y, c};
   }
-  Tensor c = convolution(choice.algorithm, half ? wide_x : scaled_input(x, in_scale), wide_weight, riding, geometry);
+  Tensor c = convolution(choice.algorithm, half ? wide_x : scaled_input(x, in_scale), wide_weight, riding, geometry,
+                         Storage::kFloat);
   const Tensor nothing = torch::stable::new_empty(c, {0});
   if (only_bias) return {c, nothing};
 
@@ -154,28 +157,36 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
   return {y, save_conv ? c : nothing};
 }
 
-// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`.
+Storage parse_storage(const std::string& name) {
+  STD_TORCH_CHECK(name == "fp32" || name == "bf16", "scaled_conv2d: storage must be one of fp32, bf16, got '", name,
+                  "'");
+  return name == "bf16" ? Storage::kBfloat16 : Storage::kFloat;
+}
+
+// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`. `storage` is that of what few
+// pixels and Winograd's tiles are multiplied with; the other algorithms read the weight as it is.
 void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> output_padding,
                         std::vector<int64_t> dilation, bool transposed, int64_t groups, std::string algorithm,
-                        int64_t tile, std::string act, double alpha, double gain, std::optional<double> clamp,
-                        double residual_gain, const Tensor& out) {
+                        int64_t tile, std::string storage_name, std::string act, double alpha, double gain,
+                        std::optional<double> clamp, double residual_gain, const Tensor& out) {
   const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups};
   const ConvChoice choice = chosen_convolution(x, weight, geometry, algorithm, tile);
+  const Storage storage = parse_storage(storage_name);
   count_call(choice.algorithm);
   const EpilogueArgs args{out_scale,    noise,    noise_strength,
                           bias,         residual, parse_act("scaled_conv2d", act),
                           alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
   if (is_fused(choice.algorithm)) {
-    fused_products(choice, x, weight, in_scale, geometry, args, out, nullptr);
+    fused_products(choice, x, weight, in_scale, geometry, storage, args, out, nullptr);
     return;
   }
-  const Tensor c =
-      in_layout(convolution(choice.algorithm, scaled_input(x, in_scale), weight, std::nullopt, geometry), false);
+  const Tensor c = in_layout(
+      convolution(choice.algorithm, scaled_input(x, in_scale), weight, std::nullopt, geometry, storage), false);
   const auto dense_residual = residual ? std::optional(in_layout(*residual, false)) : std::nullopt;
   run_epilogue<float>(c, out, false, args.with_residual(dense_residual));
 }

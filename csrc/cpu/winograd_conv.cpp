@@ -7,6 +7,7 @@
 #include "winograd_conv.h"
 
 #include <algorithm>
+#include <array>
 
 #include "algorithm.h"
 #include "channel_patch.h"
@@ -21,6 +22,7 @@ namespace {
 // Behind each product's matrix one cache line: powers of two apart, the matrices would share one set of a cache.
 constexpr int64_t kLine = 16;
 constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
+constexpr int64_t kMostMatrices = 36;  // of a phase, those of F(4 x 4, 3 x 3)
 
 const WinogradKernels& kernels_of(const WinogradPlan& plan, const WinogradPlan::Form& form) {
   return winograd_kernels(plan.m, plan.r, form.single_y, form.single_x);
@@ -34,14 +36,16 @@ int64_t slab_size() { return std::max(kGroup, product_lanes() * product_vectors(
 class WinogradWeights {
  public:
   WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan, int64_t together, const Tensor& weight,
-                  const ConvGeometry& g)
+                  const ConvGeometry& g, Storage storage)
       : conv_(conv),
         plan_(plan),
+        storage_(storage),
         slab_(slab_size()),
         together_(together),
         size_(plan.depth * together * slab_ + kLine) {
     // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.
     const std::vector<int64_t> key{plan.m,
+                                   static_cast<int64_t>(storage),
                                    together,
                                    std::min(conv.out_stride, conv.h_out),
                                    std::min(conv.out_stride, conv.w_out),
@@ -56,9 +60,14 @@ class WinogradWeights {
     data_ = made_of(weight.const_data_ptr<float>(), weight.numel(), key, [&] { return transformed(weight, g); });
   }
 
-  // Of the chunk of `count` from `first` on.
+  Storage storage() const { return storage_; }
+
+  // Of the chunk of `count` from `first` on, in the storage that they are in.
   const float* at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
     return data_->get() + offset(matrix, first, count, slab);
+  }
+  const BFloat16* narrow_at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
+    return bf16_of(*data_) + offset(matrix, first, count, slab);
   }
 
  private:
@@ -73,10 +82,13 @@ class WinogradWeights {
   // Those of kGroup output channels from `place` on of a slab, and of input channels [first, first + count), from
   // their kernels [count, taps + 1, kGroup].
   void transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
-                       float* to) const;
+                       const LargeBuffer& to) const;
+  // `matrices` of them for one input channel, [matrix, kGroup], to their place in each matrix.
+  void narrow_group(const float* values, int64_t matrices, int64_t place, BFloat16* to) const;
 
   const ConvPlan& conv_;
   const WinogradPlan& plan_;
+  const Storage storage_;
   const int64_t slab_, together_, size_;
   std::shared_ptr<const LargeBuffer> data_;
 };
@@ -85,7 +97,8 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
   const float* const values = weight.const_data_ptr<float>();
   const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
   const int64_t slabs = ceil_div(conv_.c_out, slab_), groups = slab_ / kGroup;
-  LargeBuffer result(ceil_div(slabs, together_) * plan_.weights * size_);
+  const int64_t values_in_all = ceil_div(slabs, together_) * plan_.weights * size_;
+  LargeBuffer result = storage_ == Storage::kFloat ? LargeBuffer(values_in_all) : bf16_buffer(values_in_all);
   constexpr int64_t kChannels = 16;
   const std::vector<float> ones(kGroup, 1.0f);
   torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {
@@ -103,7 +116,7 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
                            .scale = ones.data(),
                            .to = kernels.data() + i * kernel_size()});
         }
-        transform_group(kernels.data(), slab, place, first, count, result.get());
+        transform_group(kernels.data(), slab, place, first, count, result);
       }
     }
   });
@@ -111,9 +124,12 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
 }
 
 void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
-                                      float* to) const {
+                                      const LargeBuffer& to) const {
+  const int64_t vectors = kGroup / product_lanes();
+  std::array<float, kMostMatrices * kGroup> values;
   for (const auto& phase : plan_.phases) {
-    const auto& transforms = kernels_of(plan_, plan_.forms[phase.form]);
+    const auto& form = plan_.forms[phase.form];
+    const auto& transforms = kernels_of(plan_, form);
     for (size_t part = 0; part < plan_.parts.size(); ++part) {
       std::vector<int64_t> positions(phase.of_part[part]);
       for (int64_t& position : positions) position *= kGroup;
@@ -121,10 +137,23 @@ void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_
         const int64_t k = static_cast<int64_t>(part) * plan_.part_depth + first + i,
                       chunk = k / kPanelDepth * kPanelDepth;
         const int64_t length = std::min(kPanelDepth, plan_.depth - chunk);
-        transforms.weight(kernels + i * kernel_size(), positions.data(), kGroup / product_lanes(),
-                          to + offset(phase.first_weight, chunk, length, slab) + (k - chunk) * slab_ + place, size_);
+        const int64_t at = offset(phase.first_weight, chunk, length, slab) + (k - chunk) * slab_;
+        if (storage_ == Storage::kFloat) {
+          transforms.weight(kernels + i * kernel_size(), positions.data(), vectors, to.get() + at + place, size_);
+        } else {
+          transforms.weight(kernels + i * kernel_size(), positions.data(), vectors, values.data(), kGroup);
+          narrow_group(values.data(), plan_.matrices_of(form), place, bf16_of(to) + at);
+        }
       }
     }
+  }
+}
+
+void WinogradWeights::narrow_group(const float* values, int64_t matrices, int64_t place, BFloat16* to) const {
+  std::array<int64_t, kGroup> places;
+  for (int64_t c = 0; c < kGroup; ++c) places[c] = paired(place + c, product_lanes());
+  for (int64_t matrix = 0; matrix < matrices; ++matrix, values += kGroup, to += size_) {
+    for (int64_t c = 0; c < kGroup; ++c) to[places[c]] = BFloat16(values[c]);
   }
 }
 
@@ -170,7 +199,8 @@ Blocking blocking_of_growing(ConvPlan conv, int64_t per_axis, int64_t m, Growing
 
 class Call {
  public:
-  Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g, GrowingTiles* growing = nullptr)
+  Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g, Storage storage,
+       GrowingTiles* growing = nullptr)
       : conv_(conv),
         growing_(growing),
         first_channel_(growing ? growing->channels : 0),
@@ -181,7 +211,7 @@ class Call {
         most_depth_(growing ? growing->most : plan_.depth),
         blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, *growing)
                           : blocking_of(conv, plan_, plan_.depth, torch::stable::get_num_threads())),
-        weights_(conv, plan_, blocking_.slabs, weight, g) {}
+        weights_(conv, plan_, blocking_.slabs, weight, g, storage) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
 
@@ -340,14 +370,16 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
       columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
     }
     for (int64_t slab = 0; slab < slabs; slab += together) {
-      const float* const weights = weights_.at(product.matrix, first, count, first_slab + slab);
+      const bool narrow = weights_.storage() == Storage::kBfloat16;
+      const int64_t at = first_slab + slab;
       for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
         panel_products({.weights = from + tile * kPanelStride,
                         .rows = std::min(kPanelRows, tiles - tile),
                         .offsets = nullptr,
                         .step = slab_,
                         .depth = count,
-                        .image = weights,
+                        .image = narrow ? nullptr : weights_.at(product.matrix, first, count, at),
+                        .narrow_image = narrow ? weights_.narrow_at(product.matrix, first, count, at) : nullptr,
                         .columns = columns.data(),
                         .vectors = std::min(together, slabs - slab) * vectors,
                         .sums = sums + tile * sum_row() + slab * slab_,
@@ -410,16 +442,16 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 }  // namespace
 
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                   int64_t m, const PlanarResult& result) {
+                   int64_t m, Storage storage, const PlanarResult& result) {
   const ConvPlan conv(x, weight, g);
-  Call(conv, m, weight, g).run(ScaledImage(x, in_scale), result);
+  Call(conv, m, weight, g, storage).run(ScaledImage(x, in_scale), result);
 }
 
 void growing_winograd_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m, GrowingTiles& tiles,
                            const PlanarResult& result) {
   ConvPlan conv(x, weight, g);
   conv.c_in = tiles.channels + x.size(1);
-  Call(conv, m, weight, g, &tiles).run(ScaledImage(x, std::nullopt), result);
+  Call(conv, m, weight, g, Storage::kFloat, &tiles).run(ScaledImage(x, std::nullopt), result);
   tiles.channels = conv.c_in;
 }
 

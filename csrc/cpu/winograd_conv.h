@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "bf16.h"
 #include "conv_geometry.h"
 #include "epilogue.h"
 #include "large_buffer.h"
@@ -32,9 +33,10 @@ struct GrowingTiles {
   LargeBuffer data = {};
 };
 
-// What direct_conv does, with tiles of m x m. Error: at most 1e-5 of the largest result (m = 4), 2e-6 (m = 2, 3).
+// What direct_conv does, with tiles of m x m. Error: at most 1e-5 of the largest result (m = 4), 2e-6 (m = 2, 3); with
+// transformed weights stored in bfloat16 that rounding's, of 2^-9 each, comes on top.
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                   int64_t m, const PlanarResult& result);
+                   int64_t m, Storage storage, const PlanarResult& result);
 
 // The tile size for such convolutions of x and what they add to it, in their order; 0 where they should be computed one
 // by one.

@@ -70,7 +70,7 @@ WinogradPlan::PhaseTaps WinogradPlan::taps_of_phase(const ConvPlan& conv, const 
   found.first_product = products;
   found.first_weight = weights;
   products += forms[found.form].products;
-  weights += (form.single_y ? 1 : t) * (form.single_x ? 1 : t);
+  weights += matrices_of(form);
   const int64_t rows = form.single_y ? 1 : r, columns = form.single_x ? 1 : r;
   for (const Tap& start : starts) {
     auto& indices = found.of_part.emplace_back(rows * columns, conv.taps);

@@ -49,6 +49,9 @@ struct WinogradPlan {
   // Whether many of them meet so few tiles that all tiles are one block, whose weights the threads divide.
   bool divides_weights() const { return many_weights() && all_tiles_ <= 64; }
 
+  // Matrices of weights of a phase whose taps lie like this.
+  int64_t matrices_of(const Form& form) const { return (form.single_y ? 1 : t) * (form.single_x ? 1 : t); }
+
   // The matrix, of its phase, that a product's weights are.
   int64_t weight_of(const Form& form, int64_t product) const {
     const int64_t columns = form.single_x ? m : t, i = product / columns, j = product % columns;

@@ -2,8 +2,9 @@
 
 Everything is float32 in NCHW, dense within each sample; nothing is checked but by the kernels and nothing has a
 gradient. Arguments are those of the ops of the same names, as their kernels take them (scales [N or 1, C or 1]).
-``_scaled_conv2d_into`` is told its algorithm, one of ``_native.ALGORITHMS``, and the tile m of Winograd's F(m x m, r x
-r); ``_convolution_candidates`` says which can serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that
+``_scaled_conv2d_into`` is told its algorithm, one of ``_native.ALGORITHMS``, the tile m of Winograd's F(m x m, r x r)
+and how weights are stored: of "bf16", Winograd's tiles and few pixels are multiplied with weights in bfloat16, rounded
+once and kept with the weight; the other algorithms read the weight as it is. ``_convolution_candidates`` says which can serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that
 ``scaled_conv2d`` would choose first. These ops exist where the CPU library is loaded.
 """
 
@@ -20,7 +21,7 @@ _SHIFTS = "Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual
 
 for schema in (
     f"_scaled_conv2d_into(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, {_SHIFTS}, {_GEOMETRY},"
-    f" str algorithm, int tile, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    f" str algorithm, int tile, str storage, {_EPILOGUE}, Tensor(a!) out) -> ()",
     f"_epilogue_into(Tensor x, Tensor? out_scale, {_SHIFTS}, {_EPILOGUE}, Tensor(a!) out) -> ()",
     "_norm_act_into(Tensor x, Tensor? weight, Tensor? bias, float eps, str act, float alpha, float gain,"
     " Tensor(a!) out) -> ()",
