@@ -127,8 +127,12 @@ def cpu_library() -> ctypes.CDLL | None:
     for name in ("algorithm_calls", "winograd_calls", "kept_bytes"):
         getattr(functions, f"fastgan_{name}").restype = ctypes.c_int64
     functions.fastgan_simd_level.restype = ctypes.c_char_p
-    for function in (functions.fastgan_keep_weight, functions.fastgan_forget_weight):
+    for name in ("keep", "freeze", "forget"):
+        function = getattr(functions, f"fastgan_{name}_weight")
         function.argtypes, function.restype = [ctypes.c_void_p], None
+    functions.fastgan_made_bytes.argtypes = [ctypes.c_void_p]
+    functions.fastgan_drop_weight.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    functions.fastgan_drop_weight.restype = functions.fastgan_made_bytes.restype = ctypes.c_int64
     return functions
 
 

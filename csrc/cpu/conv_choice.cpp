@@ -49,6 +49,25 @@ std::string verdict(const Candidate& candidate) {
   return text.empty() ? "taken wherever it can serve, by measured bounds" : text;
 }
 
+constexpr std::array kConvolutions{Algorithm::kFewPixels, Algorithm::kUnfolded, Algorithm::kWinograd,
+                                   Algorithm::kDirect, Algorithm::kTorch};
+
+// Why an algorithm cannot compute a float32 call, or would only be slow at it.
+Refusal refusal_of(Algorithm algorithm, const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  switch (algorithm) {
+    case Algorithm::kFewPixels:
+      return refused_by_few_pixels(x, weight, g);
+    case Algorithm::kUnfolded:
+      return refused_by_unfolded_conv(x, weight, g);
+    case Algorithm::kWinograd:
+      return refused_by_winograd(x, weight, g);
+    case Algorithm::kDirect:
+      return refused_by_direct_conv(x, weight, g);
+    default:
+      return {};
+  }
+}
+
 }  // namespace
 
 bool asks_for_high(const char* op, const std::string& precision) {
@@ -89,14 +108,51 @@ ConvChoice choose_convolution(const Tensor& x, const Tensor& weight, const std::
   return {Algorithm::kTorch};
 }
 
+ConvChoice chosen_convolution(const Tensor& x, const Tensor& weight, const ConvGeometry& g,
+                              const std::string& algorithm, int64_t tile) {
+  for (const auto known : kConvolutions) {
+    if (algorithm != algorithm_name(known)) continue;
+    const Refusal refusal = refusal_of(known, x, weight, g);
+    std::string text;
+    if (refusal) append(text, refusal);
+    STD_TORCH_CHECK(!refusal, "scaled_conv2d: ", algorithm, " cannot serve this call: ", text);
+    return {known, tile};
+  }
+  STD_TORCH_CHECK(false, "scaled_conv2d: there is no algorithm '", algorithm, "'");
+}
+
+std::string tell_candidates(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high) {
+  Candidates told;
+  const ConvChoice choice = choose_convolution(x, weight, std::nullopt, g, false, high, &told);
+  std::string first, others;
+  for (const auto algorithm : kConvolutions) {
+    if (refusal_of(algorithm, x, weight, g)) continue;
+    Candidates of_algorithm;
+    if (algorithm == Algorithm::kWinograd) {
+      winograd_tile(x, weight, g, high, std::nullopt, &of_algorithm);
+      std::erase_if(of_algorithm, [](const Candidate& c) { return c.algorithm != Algorithm::kWinograd || c.refusal; });
+    } else {
+      of_algorithm.push_back({.algorithm = algorithm});
+      const auto with_time = std::ranges::find_if(told, [&](const Candidate& c) { return c.algorithm == algorithm; });
+      if (with_time != told.end()) of_algorithm.back().predicted_ms = with_time->predicted_ms;
+    }
+    for (const Candidate& c : of_algorithm) {
+      const bool chosen = c.algorithm == choice.algorithm && c.m == choice.tile;
+      std::string& line = chosen ? first : others;
+      line += algorithm_name(c.algorithm);
+      line += '\t' + std::to_string(c.m) + '\t' + std::to_string(c.predicted_ms) + '\n';
+    }
+  }
+  return first + others;
+}
+
 std::string tell(const ConvChoice& choice, const Candidates& told) {
   const auto is_chosen = [&](const Candidate& c) { return c.algorithm == choice.algorithm && c.m == choice.tile; };
   const auto chosen = std::ranges::find_if(told, is_chosen);
   const std::string name =
       chosen == told.end() ? name_of(choice.algorithm, 0, 0) : name_of(choice.algorithm, chosen->m, chosen->r);
   std::string text = name;
-  for (const auto algorithm :
-       {Algorithm::kFewPixels, Algorithm::kUnfolded, Algorithm::kWinograd, Algorithm::kDirect, Algorithm::kTorch}) {
+  for (const auto algorithm : kConvolutions) {
     bool found = false;
     for (const Candidate& c : told) {
       if (c.algorithm != algorithm) continue;

@@ -23,6 +23,13 @@ bool asks_for_high(const char* op, const std::string& precision);
 ConvChoice choose_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                               const ConvGeometry& g, bool widened, bool high, Candidates* told);
 
+// The algorithm of this name (algorithm_name), for a float32 call that it can serve; raises for another.
+ConvChoice chosen_convolution(const Tensor& x, const Tensor& weight, const ConvGeometry& g,
+                              const std::string& algorithm, int64_t tile);
+
+// The algorithms that can serve a float32 call, one line each: "name<TAB>tile<TAB>predicted ms", the chosen one first.
+std::string tell_candidates(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high);
+
 // The choice and the fate of each algorithm, one line each: the chosen one's name; then "name<TAB>why", for each.
 std::string tell(const ConvChoice& choice, const Candidates& told);
 

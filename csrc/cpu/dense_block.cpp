@@ -17,9 +17,9 @@ int64_t dense_block_tile(Tensor x, std::vector<Tensor> weights, std::string prec
   return growing_tile(x, weights, kSame, asks_for_high("dense_block", precision));
 }
 
-Tensor dense_block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, std::string act_name,
-                   double alpha, double gain, double residual_scale, std::string precision) {
-  const Act act = parse_act("dense_block", act_name);
+void run_dense_block(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, Act act,
+                     double alpha, double gain, double residual_scale, const std::string& precision,
+                     const Tensor& out) {
   const int64_t tile = dense_block_tile(x, weights, precision);
   STD_TORCH_CHECK(tile, "dense_block: this op takes what _dense_block_tile has a tile for");
   const Tensor residual = in_layout(x, false);
@@ -38,12 +38,24 @@ Tensor dense_block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> bi
                             std::numeric_limits<double>::infinity(),
                             1.0};
     const std::vector<int64_t> size{x.size(0), weights[i].size(0), x.size(2), x.size(3)};
-    const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false);
+    const Tensor y = last ? out : empty_dense({size.data(), size.size()}, ScalarType::Float, false);
     count_call(Algorithm::kWinograd);
     growing_winograd_conv(features, weights[i], kSame, tile, tiles, PlanarResult(args, y, nullptr));
     features = y;
   }
-  return features;
+}
+
+Tensor dense_block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, std::string act, double alpha,
+                   double gain, double residual_scale, std::string precision) {
+  const Tensor y = empty_dense(x.sizes(), ScalarType::Float, false);
+  run_dense_block(x, weights, biases, parse_act("dense_block", act), alpha, gain, residual_scale, precision, y);
+  return y;
+}
+
+// dense_block of float32 in NCHW, into `out`.
+void dense_block_into(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, std::string act, double alpha,
+                      double gain, double residual_scale, std::string precision, Tensor out) {
+  run_dense_block(x, weights, biases, parse_act("dense_block", act), alpha, gain, residual_scale, precision, out);
 }
 
 }  // namespace
@@ -51,6 +63,7 @@ Tensor dense_block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> bi
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("_dense_block_tile", TORCH_BOX(&dense_block_tile));
   m.impl("dense_block", TORCH_BOX(&dense_block));
+  m.impl("_dense_block_into", TORCH_BOX(&dense_block_into));
 }
 
 }  // namespace fastgan

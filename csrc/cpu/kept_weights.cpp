@@ -15,6 +15,7 @@ using Made = std::map<std::vector<int64_t>, std::shared_ptr<const LargeBuffer>>;
 struct Kept {
   uint64_t hash = 0;
   Made made;  // of the values that have this hash
+  bool frozen = false, dropped = false;
 };
 
 std::mutex mutex;
@@ -71,21 +72,27 @@ uint64_t hash_of(const float* values, int64_t count) {
 
 }  // namespace
 
-bool is_kept(const float* weight) {
+Keeping keeping_of(const float* weight) {
   const std::lock_guard lock(mutex);
-  return kept.contains(weight);
+  const auto found = kept.find(weight);
+  if (found == kept.end()) return Keeping::kNo;
+  return found->second.frozen ? Keeping::kFrozen : Keeping::kHashed;
 }
 
 std::shared_ptr<const LargeBuffer> made_of(const float* weight, int64_t count, const std::vector<int64_t>& key,
                                            const std::function<LargeBuffer()>& make) {
-  if (!is_kept(weight)) return std::make_shared<LargeBuffer>(make());
-  const uint64_t hash = hash_of(weight, count);
+  const Keeping keeping = keeping_of(weight);
+  if (keeping == Keeping::kNo) return std::make_shared<LargeBuffer>(make());
+  const uint64_t hash = keeping == Keeping::kFrozen ? 0 : hash_of(weight, count);
   {
     const std::lock_guard lock(mutex);
     const auto found = kept.find(weight);
     if (found != kept.end()) {
       Kept& of_weight = found->second;
       if (of_weight.made.empty()) of_weight.hash = hash;
+      STD_TORCH_CHECK(!of_weight.dropped || of_weight.made.contains(key),
+                      "a weight's values were dropped, and this call needs them anew: its shapes, or the number of "
+                      "threads, are not those that its algorithms were prepared for");
       if (of_weight.hash != hash) {
         kept.erase(found);
       } else if (const auto made = of_weight.made.find(key); made != of_weight.made.end()) {
@@ -109,9 +116,35 @@ __attribute__((visibility("default"))) void fastgan_keep_weight(const float* wei
   fastgan::kept.try_emplace(weight);
 }
 
+__attribute__((visibility("default"))) void fastgan_freeze_weight(const float* weight) {
+  const std::lock_guard lock(fastgan::mutex);
+  fastgan::kept.try_emplace(weight).first->second.frozen = true;
+}
+
+// Gives the memory of a frozen weight's values back to the system, but for the pages at its ends, where something was
+// made of it: 1 where it did. What no algorithm made anything of is read in every call.
+__attribute__((visibility("default"))) int64_t fastgan_drop_weight(const float* weight, int64_t bytes) {
+  const std::lock_guard lock(fastgan::mutex);
+  const auto found = fastgan::kept.find(weight);
+  if (found == fastgan::kept.end() || !found->second.frozen || found->second.made.empty()) return 0;
+  if (!fastgan::give_back_pages(const_cast<float*>(weight), bytes)) return 0;
+  found->second.dropped = true;
+  return 1;
+}
+
 __attribute__((visibility("default"))) void fastgan_forget_weight(const float* weight) {
   const std::lock_guard lock(fastgan::mutex);
   fastgan::kept.erase(weight);
+}
+
+// Of what is made of one weight.
+__attribute__((visibility("default"))) int64_t fastgan_made_bytes(const float* weight) {
+  const std::lock_guard lock(fastgan::mutex);
+  int64_t bytes = 0;
+  const auto found = fastgan::kept.find(weight);
+  if (found == fastgan::kept.end()) return 0;
+  for (const auto& [key, made] : found->second.made) bytes += made->bytes();
+  return bytes;
 }
 
 // Of everything that is kept.

@@ -28,6 +28,18 @@ inline void advise_large_pages(void* from, size_t bytes) {
 #endif
 }
 
+// Gives the whole pages within the memory of values that nobody reads any more back to the system; whether it could.
+inline bool give_back_pages(void* from, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kSmall = 4096;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from), begin = (address + kSmall - 1) / kSmall * kSmall,
+                  end = (address + bytes) / kSmall * kSmall;
+  return end > begin && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0;
+#else
+  return false;
+#endif
+}
+
 // Uninitialised floats. Of those that malloc would give back to the system, the one freed last waits for the next call.
 class LargeBuffer {
  public:

@@ -22,7 +22,7 @@ bool as_rows(const Tensor& x, bool channels_last) { return channels_last || x.si
 template <typename C>
 NormProblem<C> make_problem(const Tensor& x, const NormSettings& s, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& h_weight, const OptionalTensor& h_bias,
-                            const Tensor& mean, const Tensor& var) {
+                            const double* mean, const double* var) {
   return {x.size(0),
           x.size(1),
           x.size(2) * x.size(3),
@@ -36,8 +36,8 @@ NormProblem<C> make_problem(const Tensor& x, const NormSettings& s, const Option
           {bias, C(0)},
           {h_weight, C(0)},
           {h_bias, C(0)},
-          mean.const_data_ptr<double>(),
-          var.const_data_ptr<double>()};
+          mean,
+          var};
 }
 
 // Sums per sample and channel as the gradient of a parameter, of its shape.
@@ -85,13 +85,26 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x, const OptionalTenso
   if (x.numel() == 0) return {y, new_mean, new_var};
   dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
-    const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt, mean.value_or(new_mean),
-                                         var.value_or(new_var));
+    const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt,
+                                         mean.value_or(new_mean).const_data_ptr<double>(),
+                                         var.value_or(new_var).const_data_ptr<double>());
     const auto run = as_rows(x, channels_last) ? rows_forward<T, C> : planes_forward<T, C>;
     run(problem, source.const_data_ptr<T>(), y.mutable_data_ptr<T>(), new_mean.mutable_data_ptr<double>(),
         new_var.mutable_data_ptr<double>());
   });
   return {y, new_mean, new_var};
+}
+
+// Instance norm and activation of a float32 image in NCHW, into `out`.
+void norm_act_into(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                   std::string act, double alpha, double gain, const Tensor& out) {
+  const NormSettings settings{false, false, eps, parse_act("norm_act", act), alpha, gain};
+  const Tensor source = in_layout(x, false);
+  std::vector<double> mean(x.size(0) * x.size(1)), var(mean.size());
+  const auto problem =
+      make_problem<float>(x, settings, weight, bias, std::nullopt, std::nullopt, mean.data(), var.data());
+  const auto run = as_rows(x, false) ? rows_forward<float, float> : planes_forward<float, float>;
+  run(problem, source.const_data_ptr<float>(), out.mutable_data_ptr<float>(), mean.data(), var.data());
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_act_grad(const Tensor& gy, const Tensor& x, const OptionalTensor& weight,
@@ -109,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_grad(const Tensor& gy, const Tensor&
     using C = accumulate_t<T>;
     NormSums sums(kFirstSums, x.size(0), x.size(1));
     if (x.numel() != 0) {
-      const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt, mean, var);
+      const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt,
+                                           mean.const_data_ptr<double>(), var.const_data_ptr<double>());
       const auto run = as_rows(x, channels_last) ? rows_backward<T, C> : planes_backward<T, C>;
       run(problem, dense_gy.const_data_ptr<T>(), dense_x.const_data_ptr<T>(), data_if<T>(grad_x, need_x),
           !fixed || need_weight || need_bias, sums);
@@ -139,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_grad_grad(const OptionalTens
     using C = accumulate_t<T>;
     NormSums sums(kSecondSums, x.size(0), x.size(1)), weight_sums(1, x.size(0), x.size(1));
     if (x.numel() != 0) {
-      const auto problem = make_problem<C>(x, settings, weight, bias, h_weight, h_bias, mean, var);
+      const auto problem = make_problem<C>(x, settings, weight, bias, h_weight, h_bias, mean.const_data_ptr<double>(),
+                                           var.const_data_ptr<double>());
       const auto run = as_rows(x, channels_last) ? rows_second<T, C> : planes_second<T, C>;
       run(problem, dense_h ? dense_h->const_data_ptr<T>() : nullptr, dense_gy.const_data_ptr<T>(),
           dense_x.const_data_ptr<T>(), data_if<T>(grad_gy, need_gy), data_if<T>(grad_x, need_x), sums, weight_sums);
@@ -154,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_grad_grad(const OptionalTens
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("norm_act", TORCH_BOX(&norm_act));
+  m.impl("_norm_act_into", TORCH_BOX(&norm_act_into));
   m.impl("norm_act_grad", TORCH_BOX(&norm_act_grad));
   m.impl("norm_act_grad_grad", TORCH_BOX(&norm_act_grad_grad));
 }

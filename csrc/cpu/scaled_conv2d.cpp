@@ -87,18 +87,15 @@ Tensor convolution(Algorithm algorithm, const Tensor& x, const Tensor& weight, c
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The whole op by products of our own: scales and epilogue happen inside them.
-std::tuple<Tensor, Tensor> fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& weight,
-                                          const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                                          const EpilogueArgs& args, bool save_conv) {
-  const std::vector<int64_t> size{x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0),
-                                  result_size(x, weight, g, 1)};
-  const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false),
-               c = save_conv ? empty_dense({size.data(), size.size()}, ScalarType::Float, false)
-                             : torch::stable::new_empty(x, {0});
+bool is_fused(Algorithm algorithm) { return algorithm != Algorithm::kFewPixels && algorithm != Algorithm::kTorch; }
+
+// The whole op by products of our own, into y and `saved`, if any: scales and epilogue happen inside them.
+void fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& weight,
+                    const std::optional<Tensor>& in_scale, const ConvGeometry& g, const EpilogueArgs& args,
+                    const Tensor& y, float* saved) {
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
-  const PlanarResult result(dense, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);
+  const PlanarResult result(dense, y, saved);
   if (choice.algorithm == Algorithm::kUnfolded) {
     unfolded_conv(x, weight, in_scale, g, result);
   } else if (choice.algorithm == Algorithm::kWinograd) {
@@ -106,7 +103,10 @@ std::tuple<Tensor, Tensor> fused_products(const ConvChoice& choice, const Tensor
   } else {
     direct_conv(x, weight, in_scale, g, result);
   }
-  return std::tuple(y, c);
+}
+
+std::vector<int64_t> result_sizes(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  return {x.size(0), weight.size(g.transposed ? 1 : 0), result_size(x, weight, g, 0), result_size(x, weight, g, 1)};
 }
 
 std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
@@ -133,8 +133,13 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
                           bias,         residual, act,
                           alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
-  if (choice.algorithm != Algorithm::kFewPixels && choice.algorithm != Algorithm::kTorch) {
-    return fused_products(choice, x, weight, in_scale, geometry, args, save_conv);
+  if (is_fused(choice.algorithm)) {
+    const std::vector<int64_t> size = result_sizes(x, weight, geometry);
+    const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false),
+                 c = save_conv ? empty_dense({size.data(), size.size()}, ScalarType::Float, false)
+                               : torch::stable::new_empty(x, {0});
+    fused_products(choice, x, weight, in_scale, geometry, args, y, save_conv ? c.mutable_data_ptr<float>() : nullptr);
+    return {y, c};
   }
   Tensor c = convolution(choice.algorithm, half ? wide_x : scaled_input(x, in_scale), wide_weight, riding, geometry);
   const Tensor nothing = torch::stable::new_empty(c, {0});
@@ -149,6 +154,43 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
   return {y, save_conv ? c : nothing};
 }
 
+// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`.
+void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
+                        const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
+                        const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& residual, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> output_padding,
+                        std::vector<int64_t> dilation, bool transposed, int64_t groups, std::string algorithm,
+                        int64_t tile, std::string act, double alpha, double gain, std::optional<double> clamp,
+                        double residual_gain, const Tensor& out) {
+  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups};
+  const ConvChoice choice = chosen_convolution(x, weight, geometry, algorithm, tile);
+  count_call(choice.algorithm);
+  const EpilogueArgs args{out_scale,    noise,    noise_strength,
+                          bias,         residual, parse_act("scaled_conv2d", act),
+                          alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
+                          residual_gain};
+  if (is_fused(choice.algorithm)) {
+    fused_products(choice, x, weight, in_scale, geometry, args, out, nullptr);
+    return;
+  }
+  const Tensor c =
+      in_layout(convolution(choice.algorithm, scaled_input(x, in_scale), weight, std::nullopt, geometry), false);
+  const auto dense_residual = residual ? std::optional(in_layout(*residual, false)) : std::nullopt;
+  run_epilogue<float>(c, out, false, args.with_residual(dense_residual));
+}
+
+// An epilogue alone, of a float32 image in NCHW, into `out`.
+void epilogue_into(const Tensor& x, const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
+                   const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, std::string act, double alpha, double gain,
+                   std::optional<double> clamp, double residual_gain, const Tensor& out) {
+  const auto dense_residual = residual ? std::optional(in_layout(*residual, false)) : std::nullopt;
+  run_epilogue<float>(in_layout(x, false), out, false,
+                      {out_scale, noise, noise_strength, bias, dense_residual, parse_act("epilogue", act), alpha, gain,
+                       clamp.value_or(std::numeric_limits<double>::infinity()), residual_gain});
+}
+
 // What scaled_conv2d would choose for these tensors, as conv_choice.h's `tell` says it; nothing is computed.
 std::string explain_scaled_conv2d(const Tensor& x, const Tensor& weight, std::vector<int64_t> stride,
                                   std::vector<int64_t> padding, std::vector<int64_t> output_padding,
@@ -161,6 +203,16 @@ std::string explain_scaled_conv2d(const Tensor& x, const Tensor& weight, std::ve
                          {stride, padding, output_padding, dilation, transposed, groups}, half,
                          asks_for_high("scaled_conv2d", precision), &told);
   return tell(choice, told);
+}
+
+// Each algorithm that can serve a float32 call, in one line "name<TAB>tile<TAB>predicted ms, 0 for unknown"; the one
+// that the call would choose comes first.
+std::string convolution_candidates(const Tensor& x, const Tensor& weight, std::vector<int64_t> stride,
+                                   std::vector<int64_t> padding, std::vector<int64_t> output_padding,
+                                   std::vector<int64_t> dilation, bool transposed, int64_t groups,
+                                   std::string precision) {
+  return tell_candidates(x, weight, {stride, padding, output_padding, dilation, transposed, groups},
+                         asks_for_high("scaled_conv2d", precision));
 }
 
 Tensor scaled_conv2d_weight_grad(const Tensor& x, const Tensor& g, const std::optional<Tensor>& in_scale,
@@ -203,6 +255,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("scaled_conv2d", TORCH_BOX(&scaled_conv2d));
   m.impl("scaled_conv2d_weight_grad", TORCH_BOX(&scaled_conv2d_weight_grad));
   m.impl("_explain_scaled_conv2d", TORCH_BOX(&explain_scaled_conv2d));
+  m.impl("_scaled_conv2d_into", TORCH_BOX(&scaled_conv2d_into));
+  m.impl("_epilogue_into", TORCH_BOX(&epilogue_into));
+  m.impl("_convolution_candidates", TORCH_BOX(&convolution_candidates));
 }
 
 }  // namespace fastgan

@@ -363,53 +363,90 @@ void run_rows(const Job<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-Tensor upfirdn2d(const Tensor& x, const std::optional<Tensor>& f, const std::optional<Tensor>& noise,
-                 const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& residual, std::vector<int64_t> up, std::vector<int64_t> down,
-                 std::vector<int64_t> padding, bool flip_filter, double fir_gain, std::string act_name, double alpha,
-                 double gain, std::optional<double> clamp, double residual_gain) {
-  const char* const op = "upfirdn2d";
-  const bool channels_last = is_channels_last(x);
+struct FirSettings {
+  std::vector<int64_t> up, down, padding;  // padding: left, right, top, bottom
+  bool flip_filter;
+  double gain;
+};
+
+// What happens along each axis.
+struct FirAxes {
+  Axis across, along;
+
+  FirAxes(const Tensor& x, const std::optional<Tensor>& f, const FirSettings& s)
+      : across(axis(x, 1, f ? f->size(-1) : 1, s.up[0], s.down[0], s.padding[0], s.padding[1])),
+        along(axis(x, 0, f ? f->size(0) : 1, s.up[1], s.down[1], s.padding[2], s.padding[3])) {}
+
+ private:
+  static Axis axis(const Tensor& x, int which, int64_t taps, int64_t up, int64_t down, int64_t before, int64_t after) {
+    const int64_t in = x.size(2 + which);
+    return {up, down, before, taps, in, (in * up + before + after - taps + down) / down};
+  }
+};
+
+void filter_into(const Tensor& x, const std::optional<Tensor>& f, const FirSettings& settings,
+                 const EpilogueArgs& epilogue, bool channels_last, const Tensor& y) {
   const Tensor source = in_layout(x, channels_last);
-  const int64_t taps_x = f ? f->size(-1) : 1, taps_y = f ? f->size(0) : 1;
-  const auto outputs = [](int64_t in, int64_t u, int64_t d, int64_t pad, int64_t taps) {
-    return (in * u + pad - taps + d) / d;
-  };
-  const Axis across{up[0],  down[0],   padding[0],
-                    taps_x, x.size(3), outputs(x.size(3), up[0], down[0], padding[0] + padding[1], taps_x)};
-  const Axis along{up[1],  down[1],   padding[2],
-                   taps_y, x.size(2), outputs(x.size(2), up[1], down[1], padding[2] + padding[3], taps_y)};
+  const std::optional<Tensor>& residual = epilogue.residual;
+  const auto dense_residual = residual ? std::optional(in_layout(*residual, channels_last)) : std::nullopt;
+  const EpilogueArgs args = epilogue.with_residual(dense_residual);
+  const bool plain = args.act == Act::kLinear && args.gain == 1.0 &&
+                     args.clamp == std::numeric_limits<double>::infinity() && !args.noise && !args.bias && !residual;
+  const FirAxes axes(x, f, settings);
   const int64_t n = x.size(0), c = x.size(1);
-  Tensor y = empty_dense({n, c, along.out, across.out}, x.scalar_type(), channels_last);
-  const std::optional<Tensor> none;
-  const auto dense_residual = residual ? std::optional(in_layout(*residual, channels_last)) : none;
-  const Act act = parse_act(op, act_name);
-  const EpilogueArgs args{none,         noise,          noise_strength,
-                          bias,         dense_residual, act,
-                          alpha,        gain,           clamp.value_or(std::numeric_limits<double>::infinity()),
-                          residual_gain};
-  const bool plain = act == Act::kLinear && gain == 1.0 && !clamp && !noise && !bias && !residual;
-  dispatch_dtype(op, x.scalar_type(), [&]<typename T>() {
+  dispatch_dtype("upfirdn2d", x.scalar_type(), [&]<typename T>() {
     using C = accumulate_t<T>;
     const Job<T> job{source.const_data_ptr<T>(),
                      y,
-                     across,
-                     along,
-                     RowPlan(across),
-                     Filter<C>(f, flip_filter, static_cast<C>(fir_gain)),
+                     axes.across,
+                     axes.along,
+                     RowPlan(axes.across),
+                     Filter<C>(f, settings.flip_filter, static_cast<C>(settings.gain)),
                      channels_last ? c : 1,
                      plain,
                      args,
-                     ImageBlocks(n, c, along.out * across.out, !channels_last)};
+                     ImageBlocks(n, c, axes.along.out * axes.across.out, !channels_last)};
     const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, job.row_values()));
-    torch::stable::parallel_for(0, job.planes() * along.out, grain,
+    torch::stable::parallel_for(0, job.planes() * axes.along.out, grain,
                                 [&](int64_t begin, int64_t end) { run_rows(job, begin, end); });
   });
+}
+
+Tensor upfirdn2d(const Tensor& x, const std::optional<Tensor>& f, const std::optional<Tensor>& noise,
+                 const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& residual, std::vector<int64_t> up, std::vector<int64_t> down,
+                 std::vector<int64_t> padding, bool flip_filter, double fir_gain, std::string act, double alpha,
+                 double gain, std::optional<double> clamp, double residual_gain) {
+  const bool channels_last = is_channels_last(x);
+  const FirSettings settings{up, down, padding, flip_filter, fir_gain};
+  const FirAxes axes(x, f, settings);
+  Tensor y = empty_dense({x.size(0), x.size(1), axes.along.out, axes.across.out}, x.scalar_type(), channels_last);
+  const std::optional<Tensor> none;
+  filter_into(x, f, settings,
+              {none, noise, noise_strength, bias, residual, parse_act("upfirdn2d", act), alpha, gain,
+               clamp.value_or(std::numeric_limits<double>::infinity()), residual_gain},
+              channels_last, y);
   return y;
+}
+
+// upfirdn2d of float32 in NCHW, into `out`.
+void upfirdn2d_into(const Tensor& x, const std::optional<Tensor>& f, const std::optional<Tensor>& noise,
+                    const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& residual, std::vector<int64_t> up, std::vector<int64_t> down,
+                    std::vector<int64_t> padding, bool flip_filter, double fir_gain, std::string act, double alpha,
+                    double gain, std::optional<double> clamp, double residual_gain, const Tensor& out) {
+  const std::optional<Tensor> none;
+  filter_into(x, f, {up, down, padding, flip_filter, fir_gain},
+              {none, noise, noise_strength, bias, residual, parse_act("upfirdn2d", act), alpha, gain,
+               clamp.value_or(std::numeric_limits<double>::infinity()), residual_gain},
+              false, out);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d));
+  m.impl("_upfirdn2d_into", TORCH_BOX(&upfirdn2d_into));
+}
 
 }  // namespace fastgan

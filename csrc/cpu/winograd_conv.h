@@ -9,6 +9,9 @@
 
 namespace fastgan {
 
+// Why it cannot compute the call.
+Refusal refused_by_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+
 // The tile size m of F(m x m, r x r) that the call should use, r being 2 or 3; 0 where it should not. `high` admits
 // only tiles whose error is at most 3 times that of torch's convolution; `rival_ms` is the predicted time of what would
 // serve the call otherwise, where that is not torch's convolution; `told`, if any, gets what was thought of: each tile,

@@ -14,9 +14,10 @@ namespace fastgan {
 namespace {
 
 // Costs in multiply-adds of the products, 60 a nanosecond, fitted to the layers of the models on Zen 3 with two
-// threads: of a float that a transform writes, of one that was kept (less where the threads divide the weights), and of
-// a call.
+// threads: of a float that a transform writes, of one that was kept (less where the threads divide the weights, and
+// less where nothing is hashed), and of a call.
 constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
+constexpr double kHashCost = 3;
 // Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, and of a
 // value of y that a transposed one scatters its products to.
 constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110;
@@ -33,15 +34,19 @@ double direct_cost(const ConvPlan& conv) {
   return (kDirectCost * pixels + kOrderCost) * conv.c_in * conv.c_out * conv.taps + scattered;
 }
 
-double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, bool kept) {
+double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, Keeping keeping) {
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
   const double depth = plan.depth;
-  const double kept_cost = plan.divides_weights() ? kDividedCost : kKeptCost, weight = kept ? kept_cost : kWeightCost;
+  const double kept =
+      (plan.divides_weights() ? kDividedCost : kKeptCost) - (keeping == Keeping::kFrozen ? kHashCost : 0);
+  const double weight = keeping == Keeping::kNo ? kWeightCost : kept;
   return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
          plan.values * depth * tiles * kTileCost;
 }
 
-Refusal refusal_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+}  // namespace
+
+Refusal refused_by_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
   if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
   if (g.dilation[0] != 1 || g.dilation[1] != 1)
@@ -53,14 +58,12 @@ Refusal refusal_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g)
   return {};
 }
 
-}  // namespace
-
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,
                       std::optional<double> rival_ms, Candidates* told) {
   const auto tell = [&](const Candidate& candidate) {
     if (told) told->push_back(candidate);
   };
-  if (const Refusal refusal = refusal_of(x, weight, g)) {
+  if (const Refusal refusal = refused_by_winograd(x, weight, g)) {
     tell({.algorithm = Algorithm::kWinograd, .refusal = refusal});
     return 0;
   }
@@ -73,9 +76,9 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
     tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than the rest would in all"}});
     return 0;
   }
-  const bool kept = is_kept(weight.const_data_ptr<float>());
+  const Keeping keeping = keeping_of(weight.const_data_ptr<float>());
   for (const int64_t m : {int64_t{2}, int64_t{r == 3 ? 4 : 3}}) {
-    const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), kept);
+    const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), keeping);
     Candidate candidate{.algorithm = Algorithm::kWinograd, .m = m, .r = r, .predicted_ms = cost / kCostPerMs};
     if (high && m > kLargestHighTile) {
       candidate.refusal = {"precision high takes tiles of at most #: its error would not stay within 3x torch's",
@@ -91,7 +94,7 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
 
 int64_t growing_tile(const Tensor& x, const std::vector<Tensor>& weights, const ConvGeometry& g, bool high) {
   constexpr double kMostFloats = 64 << 20;  // 256 MB of tiles
-  if (refusal_of(x, weights[0], g) || x.size(1) % kGroup) return 0;
+  if (refused_by_winograd(x, weights[0], g) || x.size(1) % kGroup) return 0;
   ConvPlan conv(x, weights[0], g);
   const int64_t most = weights.back().size(1), per_axis = taps_per_axis(conv, weights[0].size(2));
   int64_t best = 0;
@@ -102,7 +105,7 @@ int64_t growing_tile(const Tensor& x, const std::vector<Tensor>& weights, const 
       if (!has_dense_kernels(weight) || weight.size(1) % kGroup) return 0;
       conv.c_in = weight.size(1);
       conv.c_out = weight.size(0);
-      cost += m ? winograd_cost(conv, WinogradPlan(conv, per_axis, m), true) : direct_cost(conv);
+      cost += m ? winograd_cost(conv, WinogradPlan(conv, per_axis, m), Keeping::kHashed) : direct_cost(conv);
     }
     const WinogradPlan plan(conv, per_axis, m ? m : 2);
     const double floats = static_cast<double>(plan.values) * plan.tiles_h * plan.tiles_w * conv.n *

@@ -1,0 +1,82 @@
+"""How each convolution is computed: by the cost model, or by trying."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastgan.infer import nodes
+from fastgan.infer.capture import constant_of
+from fastgan.infer.nodes import shape_of
+from fastgan.infer.plan import Choice, Chooser
+from fastgan.ops import _into
+
+# Calls that each candidate is timed by, after one that prepares its weight.
+_ROUNDS = 7
+
+
+def candidates(node: fx.Node, precision: str) -> list[Choice]:
+    """What can compute a convolution; the cost model's choice comes first."""
+    k = node.kwargs
+    x, weight = torch.empty(shape_of(k["x"])), constant_of(k["weight"])
+    found = _into.convolution_candidates(x, weight, *(k[name] for name in nodes.GEOMETRY), precision)
+    return [Choice(*one) for one in found]
+
+
+def by_cost(precision: str) -> Chooser:
+    """The cost model's choice."""
+    return lambda node: candidates(node, precision)[0]
+
+
+def by_trying(precision: str, progress: Callable[[str], None] | None = None) -> Chooser:
+    """The fastest of all candidates on this machine: their calls take turns, medians count.
+
+    Layers of the same sizes are tried once.
+    """
+    known: dict[Any, list[Choice]] = {}
+
+    def choose(node: fx.Node) -> Choice:
+        geometry = tuple(node.kwargs[name] for name in nodes.GEOMETRY)
+        key = (shape_of(node.kwargs["x"]), shape_of(node), constant_of(node.kwargs["weight"]).shape, geometry)
+        if key not in known:
+            known[key] = _timed(node, candidates(node, precision))
+            if progress is not None:
+                best = known[key][0]
+                progress(f"{nodes.name_of(node)}: {best.algorithm} {best.tile or ''} {best.measured_ms:.2f} ms")
+        return known[key][0]
+
+    return choose
+
+
+def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
+    """The candidates with their times, the fastest first."""
+    k = node.kwargs
+    x, out, weight = torch.randn(shape_of(k["x"])), torch.empty(shape_of(node)), constant_of(k["weight"])
+    scales = {name: None if k.get(name) is None else _like(k[name]) for name in ("in_scale", "out_scale")}
+    geometry = tuple(k[name] for name in nodes.GEOMETRY)
+    nothing = (None, None, None, None)
+
+    def call(choice: Choice) -> float:
+        start = time.perf_counter()
+        _into.scaled_conv2d_into(
+            *(x, weight, scales["in_scale"], scales["out_scale"], *nothing, *geometry),
+            *(choice.algorithm, choice.tile, "linear", 0.0, 1.0, None, 1.0, out),
+        )
+        return 1e3 * (time.perf_counter() - start)
+
+    for choice in found:
+        call(choice)
+    times = [[call(choice) for choice in found] for _ in range(_ROUNDS)]
+    for choice, of_choice in zip(found, zip(*times, strict=True), strict=True):
+        choice.measured_ms = median(of_choice)
+    return sorted(found, key=lambda choice: choice.measured_ms)
+
+
+def _like(node: fx.Node) -> Tensor:
+    value = constant_of(node)
+    return torch.ones(shape_of(node)) if value is None else value

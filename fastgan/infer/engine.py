@@ -1,0 +1,208 @@
+"""``optimize``: from a trained generator to the fastest program for it that this machine runs, checked against it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fastgan import _native
+from fastgan.infer import files
+from fastgan.infer.capture import Captured, capture
+from fastgan.infer.choose import by_cost, by_trying
+from fastgan.infer.fold import crop_kernels, fold_constants, fold_factors, fold_upsampling
+from fastgan.infer.fuse import fuse
+from fastgan.infer.lower import lower
+from fastgan.infer.plan import Chooser, make_program
+from fastgan.infer.report import Memory, Report, rows_of
+from fastgan.infer.run import Pool
+from fastgan.infer.verify import TOLERANCE, check_finite, noise_like, verify
+from fastgan.infer.weights import FrozenWeights
+
+PRECISIONS = ("fp32", "high")
+
+
+def optimize(
+    model: nn.Module,
+    example_args: tuple[Any, ...],
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    precision: str = "fp32",
+    tune: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> FastGenerator:
+    """Turn a trained generator into the fastest program for it that this machine runs.
+
+    The model is captured as a graph in evaluation (torch.export); batch norm, spectral norm, equalised learning rates
+    and whatever else depends on weights alone are folded into the weights; activations, norms, sums, padding and
+    concatenations are fused into the layers that make their inputs; each convolution gets the algorithm that is fastest
+    for its sizes, with its weight prepared once; every value gets its place in one block of memory. What has no kernel
+    of ours runs as torch's operator, and the report says why. At the end the result is compared with the original, on
+    the example and on noise.
+
+    Args:
+        model: a module of convolutions, transposed convolutions, norms, activations, padding, up-sampling, pixel
+            shuffles, concatenations and sums, ours or anybody's, on the CPU in float32. It is not changed, and later
+            changes of it do not reach the result.
+        example_args, example_kwargs: a call of it. The result takes calls of the same shapes and dtypes, whose
+            arguments that are no tensors have the same values.
+        precision: "fp32" (each convolution within 1e-5 of float64), or "high" (within 3 times the error of torch's).
+        tune: time every algorithm for each layer here and now, instead of trusting the cost model. Seconds.
+        progress: called with a line for each layer that was tuned.
+
+    Returns:
+        What is called like the model and answers the same, without gradients, from any thread.
+
+    Raises:
+        TypeError: ``model`` is no module, ``example_args`` no tuple.
+        ValueError: a precision that there is not, weights that are not finite, inputs that are no tensors on the CPU,
+            or a model that cannot be captured: its control flow depends on data, the example does not fit, it changes
+            its buffers.
+        Mismatch: the result differs from the original; the message names the first layer that does.
+
+    Example:
+        >>> fast = fastgan.infer.optimize(generator, (torch.randn(1, 3, 256, 256),))
+        >>> image = fast(photo)
+        >>> print(fast.report())
+    """
+    _check_call(model, example_args, precision)
+    captured = capture(model, example_args, dict(example_kwargs or {}))
+    check_finite(captured.module)
+    original = fx.GraphModule(captured.module, copy.deepcopy(captured.module.graph))
+    simplify(captured.module)
+    fast = FastGenerator(captured, precision, by_trying(precision, progress) if tune else by_cost(precision))
+    inputs = [leaf for leaf in pytree.tree_leaves((tuple(example_args), dict(example_kwargs or {}))) if _is_tensor(leaf)]
+    with torch.no_grad():
+        for name, values in (("the example", inputs), ("noise", noise_like(inputs))):
+            with fast.pool.borrow() as workspace:
+                fast.differences[name] = verify(workspace, original, [v.contiguous() for v in values], TOLERANCE)
+    return fast
+
+
+def simplify(module: fx.GraphModule) -> None:
+    """All passes over a captured graph."""
+    fold_constants(module)
+    lower(module)
+    fuse(module)
+    fold_constants(module)
+    fold_factors(module)
+    fold_upsampling(module)
+    crop_kernels(module)
+    module.graph.lint()
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _check_call(model: nn.Module, example_args: tuple[Any, ...], precision: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"infer.optimize: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example_args, tuple):
+        raise TypeError(f"infer.optimize: example_args must be a tuple, got {type(example_args).__name__}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"infer.optimize: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu":
+            raise ValueError(f"infer.optimize: model must be on the CPU, got {name} on {tensor.device}")
+    if _native.cpu_library() is None:
+        raise RuntimeError(
+            f"infer.optimize: the CPU library is not loaded ({_native.load()['cpu'].reason}); fastgan doctor says more"
+        )
+
+
+class FastGenerator(nn.Module):
+    """What :func:`optimize` and :func:`load` return: a program for one set of shapes.
+
+    Call it as the model. It may be called from several threads at once, each with memory of its own.
+
+    Attributes:
+        precision: as it was asked for.
+        differences: how far results were from the original's when it was made, of the largest value.
+    """
+
+    def __init__(self, captured: Captured, precision: str, choose: Chooser) -> None:
+        super().__init__()
+        self.precision = precision
+        self.differences: dict[str, float] = {}
+        self._captured = captured
+        self._weights = FrozenWeights([captured.module])
+        self.program = make_program(captured.module, choose)
+        self.pool = Pool(self.program)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments.
+
+        Raises:
+            ValueError: arguments that are not like the example's.
+        """
+        inputs = self._inputs(args, kwargs)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), self.pool.borrow() as workspace:
+            results = workspace.run(inputs)
+        return pytree.tree_unflatten(results, self._captured.out_spec)
+
+    def report(self) -> Report:
+        """What was fused, what was not and why, and how each convolution is computed."""
+        return Report(rows_of(self.program), dict(self.differences), self.precision)
+
+    def memory(self) -> Memory:
+        """What it holds in memory."""
+        constants = {tensor.data_ptr(): tensor for tensor in self.program.constants.values()}
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in constants.values())
+        return Memory(
+            weights - self._weights.dropped,
+            self._weights.prepared_bytes(),
+            self.program.bytes,
+            self.program.alive,
+            self.pool.count,
+        )
+
+    def drop_weights(self) -> int:
+        """Give back the memory of weights of which only what was prepared is read; returns the bytes.
+
+        From then on it cannot be saved, and a call with another number of threads (torch.set_num_threads) raises.
+        """
+        return self._weights.drop()
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one file: safetensors, with the graph as JSON in its header; :func:`load` needs no other code.
+
+        Raises:
+            RuntimeError: its weights were dropped.
+        """
+        if self._weights.dropped:
+            raise RuntimeError("infer: save must come before drop_weights, and the weights were dropped")
+        files.save(Path(path), self._captured, self.program, self.precision, self.differences)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._captured.in_spec:
+            raise ValueError(
+                f"infer: arguments must be those of the example, {_signature(self._captured.in_spec)}, got "
+                f"{_signature(spec)}"
+            )
+        inputs, expected = [], iter(self.program.inputs)
+        for number, (leaf, fixed) in enumerate(zip(leaves, self._captured.leaves, strict=True)):
+            if fixed is not None or not isinstance(leaf, Tensor):
+                if type(leaf) is not type(fixed) or leaf != fixed:
+                    raise ValueError(f"infer: argument {number} must be {fixed!r} as in the example, got {leaf!r}")
+                continue
+            _, shape, dtype = next(expected)
+            if tuple(leaf.shape) != shape or leaf.dtype != dtype or leaf.device.type != "cpu":
+                raise ValueError(
+                    f"infer: argument {number} must be {list(shape)} of {dtype} on cpu as in the example, got "
+                    f"{list(leaf.shape)} of {leaf.dtype} on {leaf.device}; optimize once for each size"
+                )
+            inputs.append(leaf.detach().contiguous())
+        return inputs
+
+
+def _signature(spec: pytree.TreeSpec) -> str:
+    args, kwargs = spec.child(0), spec.child(1)
+    return f"{args.num_children} positional and {sorted(kwargs.context or [])} by name"

@@ -1,0 +1,125 @@
+"""An optimised graph against the original one: the same pictures, or the first layer where they part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastgan.infer.run import Workspace
+
+# Of the largest value. Winograd's tiles are within 1e-5 in each layer (measured, bench/precision.py); what later layers
+# make of that stays below this in all models that were tried.
+TOLERANCE = 1e-4
+
+
+class Mismatch(RuntimeError):
+    """An optimised model that computes something else than the original."""
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """max |got − expected| / max |expected|; infinite where one is finite and the other is not."""
+    if got.numel() == 0:
+        return 0.0
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return math.inf
+    got, expected = got[finite].double(), expected[finite].double()
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    worst = (got - expected).abs().max().item() if expected.numel() else 0.0
+    return worst / scale if scale > 0 else (math.inf if worst > 0 else 0.0)
+
+
+def psnr(got: Tensor, expected: Tensor) -> float:
+    """10 log₁₀(range² / mean square error) in dB, the range being that of the expected picture."""
+    error = (got.double() - expected.double()).square().mean().item()
+    span = (expected.max() - expected.min()).double().item()
+    return math.inf if error == 0 else 10 * math.log10(max(span, 1e-30) ** 2 / error)
+
+
+def noise_like(inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+    """Normal noise with the mean and the deviation of each floating-point input; others as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for value in inputs:
+        if not value.is_floating_point() or value.numel() < 2:
+            made.append(value)
+            continue
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        made.append((noise * value.double().std().cpu() + value.double().mean().cpu()).to(value))
+    return made
+
+
+def verify(workspace: Workspace, original: fx.GraphModule, inputs: Sequence[Tensor], tolerance: float) -> float:
+    """The largest difference of any result on ``inputs``.
+
+    Args:
+        original: the captured graph, before any pass.
+        tolerance: of :func:`difference`.
+
+    Raises:
+        Mismatch: a difference beyond the tolerance, with the first layer that differs.
+    """
+    expected = fx.Interpreter(original).run(*inputs)
+    got = workspace.run(inputs)
+    worst = 0.0
+    for ours, theirs in zip(got, expected, strict=True):
+        if isinstance(theirs, Tensor):
+            worst = max(worst, difference(ours, theirs))
+    if worst <= tolerance:
+        return worst
+    raise Mismatch(
+        f"infer.optimize: the optimised model differs from the original by {worst:.2e} of the largest value, expected "
+        f"at most {tolerance:.0e}; {_first_difference(workspace, original, inputs, tolerance)}"
+    )
+
+
+def _first_difference(
+    workspace: Workspace, original: fx.GraphModule, inputs: Sequence[Tensor], tolerance: float
+) -> str:
+    """Where both part, by the values that both have."""
+    steps = workspace.program.steps
+    wanted = {step.node.meta.get("twin") for step in steps}
+    expected: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in wanted and isinstance(value, Tensor):
+                expected[n.name] = value
+            return value
+
+    Recorder(original).run(*inputs)
+    told: list[str] = []
+
+    def watch(number: int, value: Any) -> None:
+        node = steps[number].node
+        twin = expected.get(node.meta.get("twin"))
+        unfinished = number + 1 < len(steps) and steps[number + 1].node is node
+        if told or unfinished or twin is None or not isinstance(value, Tensor) or value.shape != twin.shape:
+            return
+        apart = difference(value, twin)
+        if apart > tolerance:
+            choice = steps[number].choice
+            by = f" by {choice.algorithm}" if choice else ""
+            told.append(f"the first layer that differs is {steps[number].name}{by}, by {apart:.2e}")
+
+    workspace.run(inputs, watch)
+    return told[0] if told else "no layer differs by itself"
+
+
+def check_finite(module: fx.GraphModule) -> None:
+    """Raises ValueError for a parameter that is not finite."""
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, node.target)
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f"infer.optimize: model must have finite weights, got {bad} of {value.numel()} values NaN or infinite "
+                f"in {node.meta.get('parameter', node.target)}"
+            )

@@ -1,0 +1,47 @@
+"""The CPU's ops once more, writing into memory that the caller has: what an inference engine's memory plan needs.
+
+Everything is float32 in NCHW, dense within each sample; nothing is checked but by the kernels and nothing has a
+gradient. Arguments are those of the ops of the same names, as their kernels take them (scales [N or 1, C or 1]).
+``_scaled_conv2d_into`` is told its algorithm, one of ``_native.ALGORITHMS``, and the tile m of Winograd's F(m x m, r x
+r); ``_convolution_candidates`` says which can serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that
+``scaled_conv2d`` would choose first. These ops exist where the CPU library is loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastgan import _native
+
+_LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, bool transposed, int groups"
+_EPILOGUE = "str act, float alpha, float gain, float? clamp, float residual_gain"
+_SHIFTS = "Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual"
+
+for schema in (
+    f"_scaled_conv2d_into(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, {_SHIFTS}, {_GEOMETRY},"
+    f" str algorithm, int tile, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    f"_epilogue_into(Tensor x, Tensor? out_scale, {_SHIFTS}, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    "_norm_act_into(Tensor x, Tensor? weight, Tensor? bias, float eps, str act, float alpha, float gain,"
+    " Tensor(a!) out) -> ()",
+    f"_upfirdn2d_into(Tensor x, Tensor? f, {_SHIFTS}, int[2] up, int[2] down, int[4] padding, bool flip_filter,"
+    f" float fir_gain, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    "_dense_block_into(Tensor x, Tensor[] weights, Tensor[] biases, str act, float alpha, float gain,"
+    " float residual_scale, str precision, Tensor(a!) out) -> ()",
+    f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
+):
+    _LIBRARY.define(schema)
+
+_native.load()
+
+scaled_conv2d_into = torch.ops.fastgan._scaled_conv2d_into.default
+epilogue_into = torch.ops.fastgan._epilogue_into.default
+norm_act_into = torch.ops.fastgan._norm_act_into.default
+upfirdn2d_into = torch.ops.fastgan._upfirdn2d_into.default
+dense_block_into = torch.ops.fastgan._dense_block_into.default
+
+
+def convolution_candidates(*args) -> list[tuple[str, int, float]]:
+    """(algorithm, tile, predicted ms or 0) of each algorithm that can serve a call, the one to choose first."""
+    lines = torch.ops.fastgan._convolution_candidates.default(*args).splitlines()
+    return [(name, int(tile), float(ms)) for name, tile, ms in (line.split("\t") for line in lines)]
