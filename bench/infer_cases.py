@@ -6,6 +6,7 @@ of the model in eager torch before it is timed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,15 +157,17 @@ def prepare(workload: Workload, name: str, make: Make, *, exact: bool) -> Timed:
     if name == SGEMM:
         return Timed(run, example, facts)
     facts["max_error"] = ((picture - reference).abs().max() / reference.abs().max()).item()
-    facts["psnr_db"] = peers.psnr(picture, reference)
+    decibels = peers.psnr(picture, reference)
+    # JSON has no infinity.
+    facts["psnr_db"] = decibels if math.isfinite(decibels) else None
     if exact and not facts["max_error"] <= peers.MAX_ERROR:
         raise ArithmeticError(
             f"{workload.name}, {name}: the error must be at most {peers.MAX_ERROR:g} of the largest value, "
             f"got {facts['max_error']:.2g}"
         )
-    if not facts["psnr_db"] >= peers.MIN_PSNR:
+    if not decibels >= peers.MIN_PSNR:
         raise ArithmeticError(
-            f"{workload.name}, {name}: PSNR must be at least {peers.MIN_PSNR:g} dB, got {facts['psnr_db']:.1f}"
+            f"{workload.name}, {name}: PSNR must be at least {peers.MIN_PSNR:g} dB, got {decibels:.1f}"
         )
     return Timed(run, example, facts)
 

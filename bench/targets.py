@@ -100,7 +100,7 @@ def newest_rows(path: Path, targets: Sequence[Target]) -> Rows:
 
 def line_of(target: Target, rows: dict[str, dict[str, Any]]) -> str:
     """A target's line; of a target that was never measured it says so."""
-    wanted = f"{target.at_least:g}×" if target.at_least >= 1 else f"{target.at_least:.2f}×"
+    wanted = f"{target.at_least:.3g}×" if target.at_least >= 1 else f"{target.at_least:.2f}×"
     if OURS not in rows:
         return f"| {target.name} | {target.against} | | | | {wanted} | not recorded | |"
     ours = rows[OURS]
