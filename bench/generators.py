@@ -61,7 +61,7 @@ class UNet256(nn.Sequential):
             outside, inside = (width * min(2**i, 8) for i in (level - 1, level))
             inner = _Level(outside, inside, inner, dropout=level in (4, 5, 6))
         super().__init__(
-            nn.Conv2d(in_channels, width, 4, 2, 1),
+            nn.Conv2d(in_channels, width, 4, 2, 1, bias=False),
             inner,
             nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * width, out_channels, 4, 2, 1),
@@ -74,7 +74,9 @@ def randomize(model: nn.Module, example: Tensor) -> nn.Module:
     """Give batch norms what training gives them: scales and shifts, and the statistics of their maps in ``example``.
 
     Where statistics are 0 and 1 folding them proves nothing; where they are not those of the maps, maps fade from layer
-    to layer, and with them what is wrong in the deep ones.
+    to layer, and with them what is wrong in the deep ones. The variance is taken about zero: of the few pixels of the
+    deepest maps the one about the mean is next to nothing, and dividing by it makes of int8's rounding another picture,
+    which trained networks do not.
     """
     norms = [module for module in model.eval().modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -85,6 +87,7 @@ def randomize(model: nn.Module, example: Tensor) -> nn.Module:
     model(example)
     for norm in norms:
         norm.momentum = 0.1
+        norm.running_var += norm.running_mean**2
     return model.eval()
 
 

@@ -19,6 +19,7 @@ _SAME = {
     *(aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default),
     *(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.native_dropout.default),
     *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.expand.default),
+    *(aten.view.default, aten.reshape.default),
 }
 
 

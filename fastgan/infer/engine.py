@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,13 +18,13 @@ from fastgan.infer import files
 from fastgan.infer.capture import Captured, capture
 from fastgan.infer.choose import by_cost, by_trying
 from fastgan.infer.fold import crop_kernels, fold_constants, fold_factors, fold_upsampling
-from fastgan.infer.fuse import fuse
-from fastgan.infer.lower import lower
-from fastgan.infer.plan import Chooser, make_program
+from fastgan.infer.fuse import fuse, fuse_dense_blocks
+from fastgan.infer.lower import lower, use_energies
+from fastgan.infer.plan import Chooser, hoist, make_program
 from fastgan.infer.report import Memory, Report, rows_of
 from fastgan.infer.run import Pool
-from fastgan.infer.verify import TOLERANCE, check_finite, noise_like, verify
-from fastgan.infer.weights import FrozenWeights
+from fastgan.infer.verify import TOLERANCE, check_finite, check_sample, noise_like, take_sample, verify
+from fastgan.infer.weights import FrozenWeights, own_constants
 
 PRECISIONS = ("fp32", "high")
 
@@ -75,24 +77,51 @@ def optimize(
     check_finite(captured.module)
     original = fx.GraphModule(captured.module, copy.deepcopy(captured.module.graph))
     simplify(captured.module)
+    own_constants(captured.module, model)
     fast = FastGenerator(captured, precision, by_trying(precision, progress) if tune else by_cost(precision))
     inputs = [leaf for leaf in pytree.tree_leaves((tuple(example_args), dict(example_kwargs or {}))) if _is_tensor(leaf)]
     with torch.no_grad():
         for name, values in (("the example", inputs), ("noise", noise_like(inputs))):
             with fast.pool.borrow() as workspace:
                 fast.differences[name] = verify(workspace, original, [v.contiguous() for v in values], TOLERANCE)
+        with fast.pool.borrow() as workspace:
+            fast._sample = take_sample(workspace, inputs)
+    return fast
+
+
+def load(path: str | Path) -> FastGenerator:
+    """Read what :meth:`FastGenerator.save` wrote; the model's own code is not needed.
+
+    On the kind of machine that it was made on, the algorithms chosen there are used, elsewhere those of the cost model.
+    It is called once, and what it answers must be what it answered when it was made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file that is truncated, changed, of another version, or none of ours.
+        Mismatch: it answers something else here.
+    """
+    captured, choices, facts = files.read(Path(path))
+    by_model = by_cost(facts["precision"])
+    fast = FastGenerator(captured, facts["precision"], lambda node: choices.get(node) or by_model(node))
+    fast.differences.update(facts["differences"])
+    fast._sample = facts["sample"]
+    with torch.no_grad(), fast.pool.borrow() as workspace:
+        check_sample(workspace, fast._sample)
     return fast
 
 
 def simplify(module: fx.GraphModule) -> None:
     """All passes over a captured graph."""
     fold_constants(module)
+    use_energies(module)
     lower(module)
     fuse(module)
     fold_constants(module)
     fold_factors(module)
+    fuse_dense_blocks(module)
     fold_upsampling(module)
     crop_kernels(module)
+    hoist(module)
     module.graph.lint()
 
 
@@ -132,7 +161,11 @@ class FastGenerator(nn.Module):
         self.precision = precision
         self.differences: dict[str, float] = {}
         self._captured = captured
-        self._weights = FrozenWeights([captured.module])
+        self._sample: dict[str, Any] = {}
+        arguments = captured.in_spec.child(0)
+        plain = captured.in_spec.num_leaves == arguments.num_children and all(c.is_leaf() for c in arguments.children())
+        self._only_tensors = arguments.num_children if plain and set(captured.leaves) <= {None} else None
+        self._weights = FrozenWeights(captured.module)
         self.program = make_program(captured.module, choose)
         self.pool = Pool(self.program)
 
@@ -142,14 +175,29 @@ class FastGenerator(nn.Module):
         Raises:
             ValueError: arguments that are not like the example's.
         """
-        inputs = self._inputs(args, kwargs)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), self.pool.borrow() as workspace:
-            results = workspace.run(inputs)
+        results = self._run(self._inputs(args, kwargs))
         return pytree.tree_unflatten(results, self._captured.out_spec)
 
     def report(self) -> Report:
         """What was fused, what was not and why, and how each convolution is computed."""
         return Report(rows_of(self.program), dict(self.differences), self.precision)
+
+    def profile(self, *args: Any, rounds: int = 10, **kwargs: Any) -> Report:
+        """The report with every step's measured time: medians of ``rounds`` calls with these arguments."""
+        inputs, times = self._inputs(args, kwargs), [[] for _ in self.program.steps]
+        last = 0.0
+
+        def watch(number: int, _: Any) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            times[number].append(1e3 * (now - last))
+            last = time.perf_counter()
+
+        for _ in range(rounds + 1):
+            last = time.perf_counter()
+            self._run(inputs, watch)
+        measured = [median(of_step[1:]) for of_step in times]
+        return Report(rows_of(self.program, measured), dict(self.differences), self.precision)
 
     def memory(self) -> Memory:
         """What it holds in memory."""
@@ -178,10 +226,23 @@ class FastGenerator(nn.Module):
         """
         if self._weights.dropped:
             raise RuntimeError("infer: save must come before drop_weights, and the weights were dropped")
-        files.save(Path(path), self._captured, self.program, self.precision, self.differences)
+        facts = {"precision": self.precision, "differences": self.differences, "sample": self._sample}
+        files.save(Path(path), self._captured, self.program, facts)
+
+    def _run(self, inputs: list[Tensor], watch: Callable[[int, Any], None] | None = None) -> list[Any]:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self._run(inputs, watch)
+        with torch.no_grad(), self.pool.borrow() as workspace:
+            return workspace.run(inputs, watch)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves: Sequence[Any] = args
+        # What pytree would find as well, and takes as long for as a small layer.
+        if kwargs or len(args) != self._only_tensors or not all([isinstance(leaf, Tensor) for leaf in args]):
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+        else:
+            spec = self._captured.in_spec
         if spec != self._captured.in_spec:
             raise ValueError(
                 f"infer: arguments must be those of the example, {_signature(self._captured.in_spec)}, got "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from fastgan.infer import nodes
 from fastgan.infer.capture import add_constant, aten, constant_of, eliminate_dead
@@ -34,7 +35,9 @@ def fold_constants(module: fx.GraphModule) -> None:
     for node, result in folded.items():
         # Operators of several results are read through their items only.
         if isinstance(result, Tensor) and any(user not in folded for user in node.users):
-            constant = add_constant(module, result.detach().contiguous(), node)
+            # A transposed matrix stays one: torch multiplies by it as it lies.
+            dense = is_non_overlapping_and_dense_or_false(result)
+            constant = add_constant(module, result.detach() if dense else result.detach().contiguous(), node)
             constant.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(constant)
     for node in reversed(list(folded)):
@@ -91,7 +94,7 @@ def fold_upsampling(module: fx.GraphModule) -> None:
         kwargs.update(x=up.args[0], weight=add_constant(module, merged, node), stride=(2, 2), padding=padding)
         kwargs.update(transposed=True, output_padding=(0, 0))
         new = replace(node, nodes.convolution, kwargs)
-        new.meta["fused"] = ["nearest up-sampling"]
+        new.meta["fused"].insert(0, nodes.name_of(up))
     eliminate_dead(module.graph)
 
 

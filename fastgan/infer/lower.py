@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fastgan.infer import nodes
 from fastgan.infer.capture import add_constant, aten, constant_of, eliminate_dead
 from fastgan.infer.nodes import is_image, shape_of
+from fastgan.ops.demodulation import weight_energy
 from fastgan.reference.activation import ACTIVATIONS
 
 _fastgan = torch.ops.fastgan
@@ -52,14 +53,37 @@ def lower(module: fx.GraphModule) -> None:
     eliminate_dead(graph)
 
 
+def use_energies(module: fx.GraphModule) -> None:
+    """Demodulation by constant weights reads what is left of them, their energies, instead of the weights."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _fastgan.demodulation.default:
+            continue
+        weight, style, prenormalize, eps, _ = node.args
+        items = {item.args[1]: item for item in node.users if item.users}
+        tensor = constant_of(weight)
+        # Prenormalised scales are others, though their product is the same.
+        if tensor is None or prenormalize != "none" or not items or set(items) - {0, 1}:
+            continue
+        if 0 in items:
+            items[0].replace_all_uses_with(style)
+        if 1 in items:
+            energies = [add_constant(module, value, node) for value in weight_energy(tensor)]
+            with module.graph.inserting_before(node):
+                args = (style, *energies, tensor[0, 0].numel(), prenormalize, eps)
+                factor = module.graph.call_function(_fastgan.demodulation_factor.default, args)
+            factor.meta.update(val=items[1].meta["val"], origin=nodes.name_of(node), twin=items[1].meta["twin"])
+            items[1].replace_all_uses_with(factor)
+    eliminate_dead(module.graph)
+
+
 def replace(node: fx.Node, function: Callable[..., Any], kwargs: dict[str, Any], named: fx.Node | None = None) -> fx.Node:
-    """A node of its own in the place of ``node``, whose value it computes."""
+    """A node of its own in the place of ``node``, whose value it computes; it goes by the name of ``named``."""
     graph = node.graph
     with graph.inserting_before(node):
         new = graph.call_function(function, kwargs=kwargs)
     new.meta["val"] = node.meta["val"]
-    new.meta["origin"] = nodes.name_of(named or node)
-    new.meta["twin"] = node.meta.get("twin")
+    named = node if named is None else named
+    new.meta.update(origin=nodes.name_of(named), twin=node.meta.get("twin"), fused=list(named.meta.get("fused", [])))
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new

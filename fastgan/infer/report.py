@@ -19,8 +19,8 @@ class Row:
         shape: of its result.
         fused: what it computes besides.
         algorithm: of a convolution, with Winograd's tile.
-        ms: of a convolution: measured while tuning, else predicted by the cost model, else None.
-        measured: whether ``ms`` was.
+        ms: measured, or of a convolution predicted by the cost model; None where nothing is known.
+        measured: whether ``ms`` was, by ``profile`` or while tuning.
         reason: why it is left to torch; None where a kernel of ours computes it.
     """
 
@@ -66,14 +66,15 @@ def _counted(names: Sequence[str]) -> str:
     return ", ".join(name if count == 1 else f"{count}× {name}" for name, count in Counter(names).items())
 
 
-def rows_of(program: Program) -> tuple[Row, ...]:
-    """A program's steps."""
+def rows_of(program: Program, measured: Sequence[float] | None = None) -> tuple[Row, ...]:
+    """A program's steps, with the time of each if it was measured."""
     rows = []
-    for step in program.steps:
+    for number, step in enumerate(program.steps):
         value = step.node.meta.get("val")
         kind = str(getattr(step.node.target, "_name", getattr(step.node.target, "__name__", step.node.target)))
         choice = step.choice
         ms = None if choice is None else choice.measured_ms or choice.predicted_ms or None
+        tuned = choice is not None and choice.measured_ms is not None
         rows.append(
             Row(
                 step.name,
@@ -81,8 +82,8 @@ def rows_of(program: Program) -> tuple[Row, ...]:
                 tuple(getattr(value, "shape", ())),
                 tuple(step.fused),
                 _algorithm(choice),
-                ms,
-                choice is not None and choice.measured_ms is not None,
+                ms if measured is None else measured[number],
+                tuned or measured is not None,
                 step.reason,
             )
         )

@@ -40,17 +40,22 @@ def psnr(got: Tensor, expected: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(max(span, 1e-30) ** 2 / error)
 
 
-def noise_like(inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+def noise_like(inputs: Sequence[Tensor]) -> list[Tensor]:
     """Normal noise with the mean and the deviation of each floating-point input; others as they are."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for value in inputs:
-        if not value.is_floating_point() or value.numel() < 2:
-            made.append(value)
-            continue
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        made.append((noise * value.double().std().cpu() + value.double().mean().cpu()).to(value))
-    return made
+    return [_noise(value.shape, value.dtype, *_moments(value)) if _spreads(value) else value for value in inputs]
+
+
+def _spreads(value: Tensor) -> bool:
+    return value.is_floating_point() and value.numel() > 1
+
+
+def _moments(value: Tensor) -> tuple[float, float]:
+    return value.double().mean().item(), value.double().std().item()
+
+
+def _noise(shape: Sequence[int], dtype: torch.dtype, mean: float, deviation: float) -> Tensor:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (noise * deviation + mean).to(dtype)
 
 
 def verify(workspace: Workspace, original: fx.GraphModule, inputs: Sequence[Tensor], tolerance: float) -> float:
@@ -75,6 +80,37 @@ def verify(workspace: Workspace, original: fx.GraphModule, inputs: Sequence[Tens
         f"infer.optimize: the optimised model differs from the original by {worst:.2e} of the largest value, expected "
         f"at most {tolerance:.0e}; {_first_difference(workspace, original, inputs, tolerance)}"
     )
+
+
+# Values of a result that a file carries to be compared with.
+_SAMPLES = 64
+
+
+def take_sample(workspace: Workspace, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """A call on noise, and some values of its results, as JSON; of inputs that are no numbers to draw, none."""
+    if not all(_spreads(value) for value in inputs):
+        return {}
+    moments = [_moments(value) for value in inputs]
+    return {"moments": moments, "values": _sampled(workspace, moments)}
+
+
+def _sampled(workspace: Workspace, moments: Sequence[Sequence[float]]) -> list[list[float]]:
+    made = [_noise(i[1], i[2], *m) for i, m in zip(workspace.program.inputs, moments, strict=True)]
+    results = [value for value in workspace.run(made) if isinstance(value, Tensor) and value.numel() > 0]
+    return [value.flatten()[:: max(1, value.numel() // _SAMPLES)].double().tolist() for value in results]
+
+
+def check_sample(workspace: Workspace, sample: dict[str, Any]) -> None:
+    """Raises Mismatch where the call of :func:`take_sample` now has other results."""
+    if not sample:
+        return
+    for got, expected in zip(_sampled(workspace, sample["moments"]), sample["values"], strict=True):
+        apart = difference(torch.tensor(got, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64))
+        if apart > TOLERANCE:
+            raise Mismatch(
+                f"infer.load: on this machine the model differs from what it computed when it was saved by {apart:.2e} "
+                f"of the largest value, expected at most {TOLERANCE:.0e}"
+            )
 
 
 def _first_difference(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fastgan import _native
 from fastgan.infer import nodes
@@ -14,40 +13,45 @@ from fastgan.infer.capture import constant_of
 from fastgan.infer.nodes import is_a
 
 
+def own_constants(module: fx.GraphModule, model: nn.Module) -> None:
+    """Replace each constant that is memory of the model by a copy: what happens to the model later is its own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    borrowed = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    copies: dict[int, Tensor] = {}
+    for node in module.graph.nodes:
+        value = constant_of(node)
+        if value is None or value.untyped_storage().data_ptr() not in borrowed:
+            continue
+        if id(value) not in copies:
+            copies[id(value)] = value.clone()
+        setattr(module, node.target, copies[id(value)])
+
+
 class FrozenWeights:
-    """The convolutions' weights among a graph's constants, each a copy of its own that the kernels know as frozen.
+    """The convolutions' weights among a graph's constants, which the kernels know as frozen.
 
     What they make of a weight (Winograd's transforms) lives as long as this object.
     """
 
-    def __init__(self, modules: Iterable[fx.GraphModule]) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         self._library = _native.cpu_library()
-        self.tensors: list[Tensor] = []
-        copies: dict[int, Tensor] = {}
-        for module in modules:
-            for name in _weight_names(module.graph):
-                original = getattr(module, name)
-                if id(original) not in copies:
-                    copies[id(original)] = original.clone(memory_format=torch.contiguous_format)
-                setattr(module, name, copies[id(original)])
-        for tensor in copies.values():
-            self.tensors.append(tensor)
-            if self._library is not None and tensor.dtype == torch.float32:
-                self._library.fastgan_freeze_weight(tensor.data_ptr())
-        pointers = [tensor.data_ptr() for tensor in self.tensors]
-        self._forget = weakref.finalize(self, _forget, self._library, pointers)
+        found: dict[int, Tensor] = {}
+        for name in _weight_names(module.graph):
+            weight = getattr(module, name).contiguous()
+            setattr(module, name, weight)
+            found[weight.data_ptr()] = weight
+        self.tensors = list(found.values())
+        for pointer in found:
+            self._library.fastgan_freeze_weight(pointer)
+        self._forget = weakref.finalize(self, _forget, self._library, list(found))
         self.dropped = 0
 
     def prepared_bytes(self) -> int:
         """Memory of what was made of the weights."""
-        if self._library is None:
-            return 0
         return sum(self._library.fastgan_made_bytes(tensor.data_ptr()) for tensor in self.tensors)
 
     def drop(self) -> int:
         """Give back the values of which only what was made is read; returns their bytes. There is no way back."""
-        if self._library is None:
-            return 0
         for tensor in self.tensors:
             size = tensor.numel() * tensor.element_size()
             if self._library.fastgan_drop_weight(tensor.data_ptr(), size):
@@ -55,8 +59,8 @@ class FrozenWeights:
         return self.dropped
 
 
-def _forget(library, pointers: list[int]) -> None:
-    for pointer in pointers if library is not None else ():
+def _forget(library: Any, pointers: list[int]) -> None:
+    for pointer in pointers:
         library.fastgan_forget_weight(pointer)
 
 
