@@ -74,9 +74,7 @@ def randomize(model: nn.Module, example: Tensor) -> nn.Module:
     """Give batch norms what training gives them: scales and shifts, and the statistics of their maps in ``example``.
 
     Where statistics are 0 and 1 folding them proves nothing; where they are not those of the maps, maps fade from layer
-    to layer, and with them what is wrong in the deep ones. The variance is taken about zero: of the few pixels of the
-    deepest maps the one about the mean is next to nothing, and dividing by it makes of int8's rounding another picture,
-    which trained networks do not.
+    to layer, and with them what is wrong in the deep ones.
     """
     norms = [module for module in model.eval().modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -87,7 +85,6 @@ def randomize(model: nn.Module, example: Tensor) -> nn.Module:
     model(example)
     for norm in norms:
         norm.momentum = 0.1
-        norm.running_var += norm.running_mean**2
     return model.eval()
 
 

@@ -87,11 +87,23 @@ def openvino_f32(model: nn.Module, example: Tensor) -> Run:
 
 
 def openvino_int8(model: nn.Module, example: Tensor, calibration: Sequence[Tensor]) -> Run:
-    """Post-training quantisation by NNCF, its defaults; what it leaves in floating point is float32."""
+    """Post-training quantisation by NNCF; what it leaves in floating point is float32.
+
+    Weights are given 7 bits and maps a zero point where they need one. By NNCF's defaults the U-Net's picture has 18 dB
+    on a CPU without VNNI, whose 16-bit sums of two products saturate; so it has 35 dB, and is as fast.
+    """
     nncf = require("nncf", "nncf")
     found = _read_openvino(model, example)
     images = nncf.Dataset([image.numpy() for image in calibration])
-    return _compile_openvino(nncf.quantize(found, images, subset_size=len(calibration)))
+    seven_bits = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    quantised = nncf.quantize(
+        found,
+        images,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(calibration),
+        advanced_parameters=seven_bits,
+    )
+    return _compile_openvino(quantised)
 
 
 def torch_frozen(model: nn.Module, example: Tensor) -> Run:
