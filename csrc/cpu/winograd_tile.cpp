@@ -18,9 +18,9 @@ namespace {
 // less where nothing is hashed), and of a call.
 constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
 constexpr double kHashCost = 3;
-// Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, and of a
-// value of y that a transposed one scatters its products to.
-constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110;
+// Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, of a value
+// of y that a transposed one scatters its products to, and of a call with the pass over its result.
+constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110, kTorchCallCost = 2.5e7;
 constexpr double kCostPerMs = 60e6;
 
 // precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
@@ -71,8 +71,12 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   const int64_t per_axis = taps_per_axis(conv, weight.size(2)), r = per_axis == 3 ? 3 : 2;
   int64_t best = 0;
   double least = rival_ms ? *rival_ms * kCostPerMs : direct_cost(conv);
-  if (!rival_ms) tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
-  if (least < kCallCost) {
+  const bool tiny = least < kCallCost;
+  if (!rival_ms) {
+    least += kTorchCallCost;
+    tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
+  }
+  if (tiny) {
     tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than the rest would in all"}});
     return 0;
   }

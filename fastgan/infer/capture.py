@@ -1,4 +1,4 @@
-"""From a module to a functional graph: torch.export, parameters as constants of the graph, nothing that does nothing."""
+"""From a module to a functional graph: torch.export, parameters as its constants, nothing that does nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ aten = torch.ops.aten
 # What export writes that computes nothing.
 _CHECKS = {aten._assert_tensor_metadata.default, aten.promote_types.default, aten.sym_size.int}
 _SAME = {
-    *(aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default),
+    *(
+        aten.clone.default,
+        aten.detach.default,
+        aten.alias.default,
+        aten.contiguous.default,
+        aten.lift_fresh_copy.default,
+    ),
     *(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.native_dropout.default),
     *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.expand.default),
     *(aten.view.default, aten.reshape.default),
@@ -161,7 +167,12 @@ def drop_noops(module: fx.GraphModule) -> None:
             continue
         before, after = node.args[0].meta.get("val"), node.meta.get("val")
         same = isinstance(before, Tensor) and isinstance(after, Tensor)
-        if same and before.dtype == after.dtype and before.device.type == after.device.type and before.shape == after.shape:
+        if (
+            same
+            and before.dtype == after.dtype
+            and before.device.type == after.device.type
+            and before.shape == after.shape
+        ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     eliminate_dead(graph)

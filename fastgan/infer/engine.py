@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,12 +18,13 @@ from fastgan.infer import files
 from fastgan.infer.capture import Captured, capture
 from fastgan.infer.choose import by_cost, by_trying
 from fastgan.infer.fold import crop_kernels, fold_constants, fold_factors, fold_upsampling
-from fastgan.infer.fuse import fuse
+from fastgan.infer.functional import CudaGraph, Functional, constants_in_channels_last
+from fastgan.infer.fuse import fuse, fuse_dense_blocks
 from fastgan.infer.lower import lower, use_energies
 from fastgan.infer.plan import Chooser, hoist, make_program
 from fastgan.infer.report import Memory, Report, rows_of
-from fastgan.infer.run import Pool
-from fastgan.infer.verify import TOLERANCE, check_finite, check_sample, noise_like, take_sample, verify
+from fastgan.infer.run import Pool, Workspace
+from fastgan.infer.verify import check_finite, check_sample, noise_like, take_sample, tolerance_on, verify
 from fastgan.infer.weights import FrozenWeights, own_constants
 
 PRECISIONS = ("fp32", "high")
@@ -73,23 +74,25 @@ def optimize(
         >>> print(fast.report())
     """
     _check_call(model, example_args, precision)
-    captured = capture(model, example_args, dict(example_kwargs or {}))
+    kwargs = dict(example_kwargs or {})
+    inputs = [leaf for leaf in pytree.tree_leaves((example_args, kwargs)) if isinstance(leaf, Tensor)]
+    device = _device_of(model, inputs)
+    captured = capture(model, example_args, kwargs)
     check_finite(captured.module)
     original = fx.GraphModule(captured.module, copy.deepcopy(captured.module.graph))
-    simplify(captured.module)
+    simplify(captured.module, precision)
     own_constants(captured.module, model)
-    fast = FastGenerator(captured, precision, by_trying(precision, progress) if tune else by_cost(precision))
-    inputs = [leaf for leaf in pytree.tree_leaves((tuple(example_args), dict(example_kwargs or {}))) if _is_tensor(leaf)]
-    with torch.no_grad():
+    chooser = by_trying(precision, progress) if tune else by_cost(precision)
+    fast = FastGenerator(captured, precision, chooser, device)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), fast.pool.borrow() as workspace:
         for name, values in (("the example", inputs), ("noise", noise_like(inputs))):
-            with fast.pool.borrow() as workspace:
-                fast.differences[name] = verify(workspace, original, [v.contiguous() for v in values], TOLERANCE)
-        with fast.pool.borrow() as workspace:
-            fast._sample = take_sample(workspace, inputs)
+            values = [value.detach().contiguous() for value in values]
+            fast.differences[name] = verify(workspace, original, values, tolerance_on(device, precision))
+        fast._sample = take_sample(workspace, inputs)
     return fast
 
 
-def load(path: str | Path) -> FastGenerator:
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> FastGenerator:
     """Read what :meth:`FastGenerator.save` wrote; the model's own code is not needed.
 
     On the kind of machine that it was made on, the algorithms chosen there are used, elsewhere those of the cost model.
@@ -101,16 +104,18 @@ def load(path: str | Path) -> FastGenerator:
         Mismatch: it answers something else here.
     """
     captured, choices, facts = files.read(Path(path))
-    by_model = by_cost(facts["precision"])
-    fast = FastGenerator(captured, facts["precision"], lambda node: choices.get(node) or by_model(node))
+    precision, device = facts["precision"], torch.device(device)
+    captured.module.to(device)
+    by_model = by_cost(precision)
+    fast = FastGenerator(captured, precision, lambda node: choices.get(node) or by_model(node), device)
     fast.differences.update(facts["differences"])
     fast._sample = facts["sample"]
-    with torch.no_grad(), fast.pool.borrow() as workspace:
-        check_sample(workspace, fast._sample)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), fast.pool.borrow() as workspace:
+        check_sample(workspace, fast._sample, device, tolerance_on(device, precision))
     return fast
 
 
-def simplify(module: fx.GraphModule) -> None:
+def simplify(module: fx.GraphModule, precision: str) -> None:
     """All passes over a captured graph."""
     fold_constants(module)
     use_energies(module)
@@ -118,14 +123,11 @@ def simplify(module: fx.GraphModule) -> None:
     fuse(module)
     fold_constants(module)
     fold_factors(module)
+    fuse_dense_blocks(module, precision)
     fold_upsampling(module)
     crop_kernels(module)
     hoist(module)
     module.graph.lint()
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _check_call(model: nn.Module, example_args: tuple[Any, ...], precision: str) -> None:
@@ -135,14 +137,17 @@ def _check_call(model: nn.Module, example_args: tuple[Any, ...], precision: str)
         raise TypeError(f"infer.optimize: example_args must be a tuple, got {type(example_args).__name__}")
     if precision not in PRECISIONS:
         raise ValueError(f"infer.optimize: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _device_of(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
+    """The device of the model and its inputs: the CPU or one GPU; raises ValueError for others."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
-            raise ValueError(f"infer.optimize: model must be on the CPU, got {name} on {tensor.device}")
-    if _native.cpu_library() is None:
-        raise RuntimeError(
-            f"infer.optimize: the CPU library is not loaded ({_native.load()['cpu'].reason}); fastgan doctor says more"
-        )
+    tensors |= {f"example tensor {i}": value for i, value in enumerate(inputs)}
+    devices = {tensor.device: name for name, tensor in tensors.items()}
+    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+        got = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(f"infer.optimize: model and example must be on the CPU or on one GPU, got {got}")
+    return next(iter(devices), torch.device("cpu"))
 
 
 class FastGenerator(nn.Module):
@@ -155,15 +160,26 @@ class FastGenerator(nn.Module):
         differences: how far results were from the original's when it was made, of the largest value.
     """
 
-    def __init__(self, captured: Captured, precision: str, choose: Chooser) -> None:
+    def __init__(self, captured: Captured, precision: str, choose: Chooser, device: torch.device) -> None:
         super().__init__()
         self.precision = precision
         self.differences: dict[str, float] = {}
         self._captured = captured
         self._sample: dict[str, Any] = {}
-        self._weights = FrozenWeights(captured.module)
-        self.program = make_program(captured.module, choose)
-        self.pool = Pool(self.program)
+        arguments = captured.in_spec.child(0)
+        plain = captured.in_spec.num_leaves == arguments.num_children and all(c.is_leaf() for c in arguments.children())
+        self._only_tensors = arguments.num_children if plain and set(captured.leaves) <= {None} else None
+        self._device, module = device, captured.module
+        planned = device.type == "cpu" and _native.cpu_library() is not None
+        self._weights = FrozenWeights(module if planned else None)
+        self.program = program = make_program(module, choose if planned else lambda node: None, precision)
+        if planned:
+            self.pool = Pool(lambda: Workspace(program))
+        elif device.type == "cuda":
+            constants_in_channels_last(module)
+            self.pool = Pool(lambda: CudaGraph(program, module, precision))
+        else:
+            self.pool = Pool(lambda: Functional(program, module, precision))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments.
@@ -171,9 +187,7 @@ class FastGenerator(nn.Module):
         Raises:
             ValueError: arguments that are not like the example's.
         """
-        inputs = self._inputs(args, kwargs)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), self.pool.borrow() as workspace:
-            results = workspace.run(inputs)
+        results = self._run(self._inputs(args, kwargs))
         return pytree.tree_unflatten(results, self._captured.out_spec)
 
     def report(self) -> Report:
@@ -191,10 +205,9 @@ class FastGenerator(nn.Module):
             times[number].append(1e3 * (now - last))
             last = time.perf_counter()
 
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), self.pool.borrow() as workspace:
-            for _ in range(rounds + 1):
-                last = time.perf_counter()
-                workspace.run(inputs, watch)
+        for _ in range(rounds + 1):
+            last = time.perf_counter()
+            self._run(inputs, watch)
         measured = [median(of_step[1:]) for of_step in times]
         return Report(rows_of(self.program, measured), dict(self.differences), self.precision)
 
@@ -228,8 +241,20 @@ class FastGenerator(nn.Module):
         facts = {"precision": self.precision, "differences": self.differences, "sample": self._sample}
         files.save(Path(path), self._captured, self.program, facts)
 
+    def _run(self, inputs: list[Tensor], watch: Callable[[int, Any], None] | None = None) -> list[Any]:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self._run(inputs, watch)
+        with torch.no_grad(), self.pool.borrow() as workspace:
+            return workspace.run(inputs, watch)
+
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves: Sequence[Any] = args
+        # What pytree would find as well, and takes as long for as a small layer.
+        if kwargs or len(args) != self._only_tensors or not all([isinstance(leaf, Tensor) for leaf in args]):
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+        else:
+            spec = self._captured.in_spec
         if spec != self._captured.in_spec:
             raise ValueError(
                 f"infer: arguments must be those of the example, {_signature(self._captured.in_spec)}, got "
@@ -242,10 +267,10 @@ class FastGenerator(nn.Module):
                     raise ValueError(f"infer: argument {number} must be {fixed!r} as in the example, got {leaf!r}")
                 continue
             _, shape, dtype = next(expected)
-            if tuple(leaf.shape) != shape or leaf.dtype != dtype or leaf.device.type != "cpu":
+            if tuple(leaf.shape) != shape or leaf.dtype != dtype or leaf.device.type != self._device.type:
                 raise ValueError(
-                    f"infer: argument {number} must be {list(shape)} of {dtype} on cpu as in the example, got "
-                    f"{list(leaf.shape)} of {leaf.dtype} on {leaf.device}; optimize once for each size"
+                    f"infer: argument {number} must be {list(shape)} of {dtype} on {self._device.type} as in the "
+                    f"example, got {list(leaf.shape)} of {leaf.dtype} on {leaf.device}; optimize once for each size"
                 )
             inputs.append(leaf.detach().contiguous())
         return inputs

@@ -80,7 +80,9 @@ def read(path: Path) -> tuple[Captured, dict[fx.Node, Choice], dict[str, Any]]:
     """
     header, tensors = _opened(path)
     if header.get("format") != FORMAT:
-        raise ValueError(f"infer.load: path must be a file that save wrote, got {path}, which says {header or 'nothing'}")
+        raise ValueError(
+            f"infer.load: path must be a file that save wrote, got {path}, which says {header or 'nothing'}"
+        )
     if header.get("version") != str(VERSION):
         raise ValueError(f"infer.load: {path} must be of version {VERSION}, got version {header.get('version')}")
     if header.get("digest") != _digest(header["graph"], tensors):
@@ -183,7 +185,9 @@ def _decoded(value: Any, nodes: list[fx.Node]) -> Any:
     return torch.device(content) if kind == "device" else getattr(torch, content)
 
 
-def _graph(records: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[fx.Node, Choice]]:
+def _graph(
+    records: list[dict[str, Any]], tensors: Mapping[str, Tensor]
+) -> tuple[fx.GraphModule, dict[fx.Node, Choice]]:
     module, graph = fx.GraphModule({}, fx.Graph()), fx.Graph()
     nodes: list[fx.Node] = []
     choices: dict[fx.Node, Choice] = {}

@@ -94,7 +94,7 @@ def fold_upsampling(module: fx.GraphModule) -> None:
         kwargs.update(x=up.args[0], weight=add_constant(module, merged, node), stride=(2, 2), padding=padding)
         kwargs.update(transposed=True, output_padding=(0, 0))
         new = replace(node, nodes.convolution, kwargs)
-        new.meta["fused"] = ["nearest up-sampling"]
+        new.meta["fused"].insert(0, nodes.name_of(up))
     eliminate_dead(module.graph)
 
 
@@ -145,7 +145,9 @@ def crop_kernels(module: fx.GraphModule) -> None:
         (top, bottom), (left, right) = ranges
         if (bottom - top, right - left) == tuple(weight.shape[2:]):
             continue
-        padding = tuple(p - d * first for p, d, first in zip(kwargs["padding"], kwargs["dilation"], (top, left), strict=True))
+        padding = tuple(
+            p - d * first for p, d, first in zip(kwargs["padding"], kwargs["dilation"], (top, left), strict=True)
+        )
         cropped = weight[:, :, top:bottom, left:right].contiguous()
         kwargs.update(weight=add_constant(module, cropped, node), padding=padding)
         if min(padding) < 0 or not _fits(kwargs, cropped, size_in, size_out):
@@ -158,9 +160,7 @@ def _used_taps(kwargs: dict[str, Any], axis: int, taps: int, size_in: int, size_
     """[first, last + 1) of the taps along an axis that meet a pixel; None for a kernel none of whose taps does."""
     stride, padding, dilation = (kwargs[name][axis] for name in ("stride", "padding", "dilation"))
     small, large = (size_in, size_out) if kwargs["transposed"] else (size_out, size_in)
-    used = [
-        tap for tap in range(taps) if any(0 <= i * stride - padding + tap * dilation < large for i in range(small))
-    ]
+    used = [tap for tap in range(taps) if any(0 <= i * stride - padding + tap * dilation < large for i in range(small))]
     return (used[0], used[-1] + 1) if used else None
 
 

@@ -16,7 +16,7 @@ from fastgan.infer.nodes import PLAIN, TENSORS, epilogue_of, is_a, shape_of
 
 
 def fuse(module: fx.GraphModule) -> None:
-    """All passes, until none finds anything more."""
+    """Epilogues, padding and concatenations, until there is nothing more to find."""
     changed = True
     while changed:
         changed = False
@@ -25,7 +25,6 @@ def fuse(module: fx.GraphModule) -> None:
                 if not _is_erased(node) and rule(module, node):
                     changed = True
         eliminate_dead(module.graph)
-    _fuse_dense_blocks(module)
 
 
 def _is_erased(node: fx.Node) -> bool:
@@ -46,9 +45,8 @@ def _fuse_epilogue(module: fx.GraphModule, node: fx.Node) -> bool:
             continue
         merged = _after_norm(producer, second) or _merged(module, producer, second, node)
         if merged is not None:
-            fused = [*producer.meta.get("fused", []), nodes.name_of(node)]
             new = replace(node, producer.target, merged, producer)
-            new.meta["fused"] = fused
+            new.meta["fused"].append(nodes.name_of(node))
             module.graph.erase_node(producer)
             return True
     return False
@@ -84,7 +82,7 @@ def _merged(
 ) -> dict[str, Any] | None:
     """The producer's arguments with the second epilogue behind its own, where one epilogue can say both:
 
-        y₁ = clamp₁(g₁ · act₁(s₁ c + n₁ + b₁)) + r₁ R₁,    y = clamp(g · act(s y₁ + n + b)) + r R.
+    y₁ = clamp₁(g₁ · act₁(s₁ c + n₁ + b₁)) + r₁ R₁,    y = clamp(g · act(s y₁ + n + b)) + r R.
     """
     first = epilogue_of(producer)
     if first is None:
@@ -94,16 +92,13 @@ def _merged(
         merged = _into_affine(module, producer, first, second, before)
         if merged is not None:
             return merged
-    # Only a gain and an image added: whatever the first epilogue does, they come behind it.
+    # Only a gain and an image added: whatever the first epilogue does, they come behind it. A gain behind an image that
+    # was added waits for the next image, as in a residual in a residual.
     simple = second["act"] == "linear" and all(second[name] is None for name in ("out_scale", "bias", "noise", "clamp"))
-    if not simple or (first["residual"] is not None and second["residual"] is not None):
-        return None
-    if second["gain"] != 1.0 and first["clamp"] is not None:
+    if not simple or first["residual"] is not None or (second["gain"] != 1.0 and first["clamp"] is not None):
         return None
     changes = {"gain": first["gain"] * second["gain"]}
-    if first["residual"] is not None:
-        changes["residual_gain"] = first["residual_gain"] * second["gain"]
-    elif second["residual"] is not None:
+    if second["residual"] is not None:
         changes.update(residual=second["residual"], residual_gain=second["residual_gain"])
     return {**producer.kwargs, **changes}
 
@@ -181,7 +176,7 @@ def _fuse_padding(module: fx.GraphModule, node: fx.Node) -> bool:
     new = replace(
         node, nodes.convolution, {**node.kwargs, "x": pad.kwargs["x"], "padding": (own[0] + top, own[1] + left)}
     )
-    new.meta["fused"] = [*node.meta.get("fused", []), nodes.name_of(pad)]
+    new.meta["fused"].append(nodes.name_of(pad))
     return True
 
 
@@ -239,11 +234,11 @@ _RULES: tuple[Callable[[fx.GraphModule, fx.Node], bool], ...] = (
 # Dense blocks
 
 
-def _fuse_dense_blocks(module: fx.GraphModule) -> None:
+def fuse_dense_blocks(module: fx.GraphModule, precision: str) -> None:
     """Convolutions each of which reads the image and the results of all before it, and the image added at the end."""
     for node in list(module.graph.nodes):
         layers = _dense_layers(node)
-        if layers is None or not _shares_tiles(node.kwargs["residual"], layers):
+        if layers is None or not _shares_tiles(node.kwargs["residual"], layers, precision):
             continue
         x, last = node.kwargs["residual"], layers[-1].kwargs
         biases = [layer.kwargs.get("bias") for layer in layers]
@@ -255,16 +250,16 @@ def _fuse_dense_blocks(module: fx.GraphModule) -> None:
             **{name: settings[name] for name in ("act", "alpha", "gain")},
             "residual_scale": last.get("gain", 1.0),
         }
-        replace(node, nodes.dense_block, kwargs).meta["fused"] = [nodes.name_of(layer) for layer in layers[:-1]]
+        replace(node, nodes.dense_block, kwargs).meta["fused"] += [nodes.name_of(layer) for layer in layers[:-1]]
     eliminate_dead(module.graph)
 
 
-def _shares_tiles(x: fx.Node, layers: list[fx.Node]) -> bool:
+def _shares_tiles(x: fx.Node, layers: list[fx.Node], precision: str) -> bool:
     """Whether the CPU's kernels are faster at the block than at its layers."""
     if x.meta["val"].device.type == "cuda" or _native.cpu_library() is None:
         return False
     weights = [constant_of(layer.kwargs["weight"]) for layer in layers]
-    return bool(torch.ops.fastgan._dense_block_tile(torch.empty(shape_of(x)), weights, "fp32"))
+    return bool(torch.ops.fastgan._dense_block_tile(torch.empty(shape_of(x)), weights, precision))
 
 
 def _dense_layers(node: fx.Node) -> list[fx.Node] | None:

@@ -76,14 +76,16 @@ def use_energies(module: fx.GraphModule) -> None:
     eliminate_dead(module.graph)
 
 
-def replace(node: fx.Node, function: Callable[..., Any], kwargs: dict[str, Any], named: fx.Node | None = None) -> fx.Node:
-    """A node of its own in the place of ``node``, whose value it computes."""
+def replace(
+    node: fx.Node, function: Callable[..., Any], kwargs: dict[str, Any], named: fx.Node | None = None
+) -> fx.Node:
+    """A node of its own in the place of ``node``, whose value it computes; it goes by the name of ``named``."""
     graph = node.graph
     with graph.inserting_before(node):
         new = graph.call_function(function, kwargs=kwargs)
     new.meta["val"] = node.meta["val"]
-    new.meta["origin"] = nodes.name_of(named or node)
-    new.meta["twin"] = node.meta.get("twin")
+    named = node if named is None else named
+    new.meta.update(origin=nodes.name_of(named), twin=node.meta.get("twin"), fused=list(named.meta.get("fused", [])))
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
@@ -120,7 +122,11 @@ def _weight_reason(x: fx.Node, weight: Any) -> str | None:
     tensor = constant_of(weight)
     if tensor is None:
         return "its weight is computed from the inputs"
-    return None if tensor.ndim == 4 and tensor.dtype == torch.float32 else "its weight is no float32 kernel of 4 dimensions"
+    return (
+        None
+        if tensor.ndim == 4 and tensor.dtype == torch.float32
+        else "its weight is no float32 kernel of 4 dimensions"
+    )
 
 
 @_rule(aten.conv2d.default, aten.conv_transpose2d.input, aten.convolution.default)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fastgan.backends import precision_in_force
 from fastgan.reference.epilogue import Epilogue, apply_epilogue
 
 # The epilogue that does nothing, by argument.
@@ -47,7 +48,7 @@ def convolution(
 ) -> Tensor:
     """``ops.scaled_conv2d``."""
     tensors = (x, weight, in_scale, out_scale, noise, noise_strength, bias, residual)
-    geometry = (stride, padding, output_padding, dilation, transposed, groups, "fp32")
+    geometry = (stride, padding, output_padding, dilation, transposed, groups, precision_in_force())
     return torch.ops.fastgan.scaled_conv2d(*tensors, *geometry, act, alpha, gain, clamp, residual_gain, False)[0]
 
 
@@ -122,7 +123,7 @@ def dense_block(
     residual_scale: float,
 ) -> Tensor:
     """``ops.dense_block``."""
-    return torch.ops.fastgan.dense_block(x, weights, biases, act, alpha, gain, residual_scale, "fp32")
+    return torch.ops.fastgan.dense_block(x, weights, biases, act, alpha, gain, residual_scale, precision_in_force())
 
 
 def concatenate(*, tensors: Sequence[Tensor]) -> Tensor:

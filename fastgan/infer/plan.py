@@ -105,12 +105,14 @@ class Program:
     alive: int
 
 
-Chooser = Callable[[fx.Node], Choice]
+Chooser = Callable[[fx.Node], Choice | None]
 
 
-def make_program(module: fx.GraphModule, choose: Chooser) -> Program:
-    """The program of a graph; ``choose`` says how each convolution is computed."""
-    return _Planner(module, choose).program()
+def make_program(module: fx.GraphModule, choose: Chooser, precision: str) -> Program:
+    """The program of a graph.
+
+    ``choose`` says how each convolution is computed; None where the steps are to be told of, not run."""
+    return _Planner(module, choose, precision).program()
 
 
 def hoist(module: fx.GraphModule) -> None:
@@ -138,8 +140,8 @@ _SMALL = 1 << 16
 
 
 class _Planner:
-    def __init__(self, module: fx.GraphModule, choose: Chooser) -> None:
-        self.module, self.choose = module, choose
+    def __init__(self, module: fx.GraphModule, choose: Chooser, precision: str) -> None:
+        self.module, self.choose, self.precision = module, choose, precision
         self.nodes = list(module.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.slots = {node: i for i, node in enumerate(self.nodes) if node.op != "output"}
@@ -151,9 +153,7 @@ class _Planner:
         views, results = self._place()
         self._release(steps)
         constants = {self.slots[n]: constant_of(n) for n in self.nodes if n.op == "get_attr"}
-        inputs = [
-            (self.slots[n], shape_of(n), n.meta["val"].dtype) for n in self.nodes if n.op == "placeholder"
-        ]
+        inputs = [(self.slots[n], shape_of(n), n.meta["val"].dtype) for n in self.nodes if n.op == "placeholder"]
         outputs = [Slot(self.slots[o]) if isinstance(o, fx.Node) else o for o in self.outputs]
         borrowed = {self.slots[o] for o in self.outputs if isinstance(o, fx.Node) and may_be_view(o)}
         spans = list({id(view.span): view.span for view in views}.values())
@@ -193,7 +193,7 @@ class _Planner:
             return [Step(name_of(node), kernel, tuple(args), dict(kwargs), self.slots[node], node, [], reason)]
         kernel, arguments = _KERNELS[node.target]
         choice = self.choose(node) if is_a(node, nodes.convolution) else None
-        args = self._slotted(arguments(node, choice))
+        args = self._slotted(arguments(node, choice or Choice("torch", 0, 0.0), self.precision))
         fused = node.meta.get("fused", [])
         return [Step(name_of(node), kernel, tuple(args), {}, self.slots[node], node, fused, None, choice)]
 
@@ -279,37 +279,37 @@ def _tensors(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.kwargs.get(name) for name in nodes.TENSORS)
 
 
-def _convolution(node: fx.Node, choice: Choice) -> tuple[Any, ...]:
+def _convolution(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     k = node.kwargs
     tensors = (k["x"], k["weight"], k.get("in_scale"), k.get("out_scale"), *_tensors(node))
     geometry = tuple(k[name] for name in nodes.GEOMETRY)
     return (*tensors, *geometry, choice.algorithm, choice.tile, *_epilogue_settings(node))
 
 
-def _pointwise(node: fx.Node, choice: None) -> tuple[Any, ...]:
+def _pointwise(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     return (node.kwargs["x"], node.kwargs.get("out_scale"), *_tensors(node), *_epilogue_settings(node))
 
 
-def _instance_norm(node: fx.Node, choice: None) -> tuple[Any, ...]:
+def _instance_norm(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     k = node.kwargs
     settings = (k.get("eps", 1e-5), k.get("act", "linear"), k.get("alpha", 0.0), k.get("gain", 1.0))
     return (k["x"], k.get("weight"), k.get("bias"), *settings)
 
 
-def _fir(node: fx.Node, choice: None) -> tuple[Any, ...]:
+def _fir(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     k = node.kwargs
     defaults = {"up": (1, 1), "down": (1, 1), "padding": (0,) * 4, "flip_filter": False, "fir_gain": 1.0}
     settings = tuple(k.get(name, default) for name, default in defaults.items())
     return (k["x"], k.get("f"), *_tensors(node), *settings, *_epilogue_settings(node))
 
 
-def _dense_block(node: fx.Node, choice: None) -> tuple[Any, ...]:
+def _dense_block(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     k = node.kwargs
-    settings = (k["act"], k["alpha"], k["gain"], k["residual_scale"], "fp32")
+    settings = (k["act"], k["alpha"], k["gain"], k["residual_scale"], precision)
     return (k["x"], list(k["weights"]), list(k["biases"]), *settings)
 
 
-def _pad(node: fx.Node, choice: None) -> tuple[Any, ...]:
+def _pad(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     return (node.kwargs["x"], list(node.kwargs["padding"]), node.kwargs["mode"])
 
 

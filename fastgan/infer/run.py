@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.infer.functional import Functional
 from fastgan.infer.plan import Program, Slot, Step, View
 
 
@@ -94,20 +95,20 @@ class Workspace:
 
 
 class Pool:
-    """The workspaces of one program: as many as there were callers at once."""
+    """The workspaces of one program, each made by ``make``: as many as there were callers at once."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._free: list[Workspace] = []
+    def __init__(self, make: Callable[[], Workspace | Functional]) -> None:
+        self._make = make
+        self._free: list[Workspace | Functional] = []
         self._lock = threading.Lock()
         self.count = 0
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Workspace]:
+    def borrow(self) -> Iterator[Workspace | Functional]:
         with self._lock:
             workspace = self._free.pop() if self._free else None
             self.count += workspace is None
-        workspace = workspace or Workspace(self.program)
+        workspace = workspace or self._make()
         try:
             yield workspace
         finally:

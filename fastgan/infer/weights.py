@@ -1,4 +1,5 @@
-"""The weights of an engine: nobody else writes to them, so what algorithms make of them is made once and never checked."""
+"""The weights of an engine. Nobody else writes to them, so what algorithms make of them is made once and never
+checked."""
 
 from __future__ import annotations
 
@@ -28,15 +29,15 @@ def own_constants(module: fx.GraphModule, model: nn.Module) -> None:
 
 
 class FrozenWeights:
-    """The convolutions' weights among a graph's constants, which the kernels know as frozen.
+    """The convolutions' weights among a graph's constants, which the CPU's kernels know as frozen; None has none.
 
     What they make of a weight (Winograd's transforms) lives as long as this object.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule | None) -> None:
         self._library = _native.cpu_library()
         found: dict[int, Tensor] = {}
-        for name in _weight_names(module.graph):
+        for name in _weight_names(module.graph) if module is not None else ():
             weight = getattr(module, name).contiguous()
             setattr(module, name, weight)
             found[weight.data_ptr()] = weight

@@ -59,6 +59,7 @@ def measure(
     rounds: int | None = None,
     min_rounds: int = 5,
     warmup: int = 2,
+    burst: float = _BURST_SECONDS,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Time candidates against each other: interleaved, in rotating order, garbage collection off.
@@ -69,6 +70,8 @@ def measure(
         rounds: exactly this many rounds instead.
         min_rounds: at least this many, whatever ``seconds`` says.
         warmup: calls of each candidate before the first round; they also decide how many calls make a sample.
+        burst: seconds that a sample takes at least (of at most 1000 calls). Where candidates have thread pools of
+            their own, a long one: a pool spins for some milliseconds after its last call, on the next candidate's core.
         device: where the candidates work. On CUDA a sample is the time between two events around its calls, and the
             device is waited for.
 
@@ -86,7 +89,7 @@ def measure(
     calls = {}
     for name, function in candidates.items():
         fastest = min(clock(function, 1) for _ in range(warmup))
-        calls[name] = min(_MAX_BURST, max(1, round(_BURST_SECONDS / max(fastest, 1e-9))))
+        calls[name] = min(_MAX_BURST, max(1, round(burst / max(fastest, 1e-9))))
     names = list(candidates)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
