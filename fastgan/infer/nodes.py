@@ -165,6 +165,11 @@ def is_image(node: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32 and value.ndim == 4
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether an operator draws numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def name_of(node: fx.Node) -> str:
     """For people: where in the model the node comes from, and what it is."""
     return node.meta.get("origin", node.name)

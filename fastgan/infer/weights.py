@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fastgan import _native
 from fastgan.infer import nodes
@@ -14,9 +14,12 @@ from fastgan.infer.capture import constant_of
 from fastgan.infer.nodes import is_a
 
 
-def own_constants(module: fx.GraphModule, model: nn.Module) -> None:
-    """Replace each constant that is memory of the model by a copy: what happens to the model later is its own."""
-    tensors = [*model.parameters(), *model.buffers()]
+def own_constants(module: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Replace each constant that is memory of the model by a copy: what happens to the model later is its own.
+
+    Constants of the ``original`` graph are the model's: parameters, buffers, and tensors that are neither.
+    """
+    tensors = [constant_of(node) for node in original.graph.nodes if node.op == "get_attr"]
     borrowed = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     copies: dict[int, Tensor] = {}
     for node in module.graph.nodes:
