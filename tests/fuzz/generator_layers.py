@@ -258,9 +258,14 @@ def _channels_shuffled(x: Tensor) -> Tensor:
 
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "there and back": lambda x: x.flatten(2).view(x.shape),
-    "rows": lambda x: x.permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1]).tanh().view(
-        x.shape[0], *x.shape[2:], x.shape[1]
-    ).permute(0, 3, 1, 2),
+    "rows": lambda x: (
+        x.permute(0, 2, 3, 1)
+        .contiguous()
+        .view(-1, x.shape[1])
+        .tanh()
+        .view(x.shape[0], *x.shape[2:], x.shape[1])
+        .permute(0, 3, 1, 2)
+    ),
     "reshaped rows": lambda x: x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).t().reshape(x.shape),
     "transposed": lambda x: x.transpose(2, 3),
     "turned": lambda x: x.transpose(2, 3).contiguous(),
