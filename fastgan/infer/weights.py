@@ -4,6 +4,8 @@ checked."""
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -45,6 +47,9 @@ class FrozenWeights:
             setattr(module, name, weight)
             found[weight.data_ptr()] = weight
         self.tensors = list(found.values())
+        readings = Counter(_readings(module)) if module is not None else Counter()
+        # What a second layer reads as it is, no matter what a first one made of it, must stay.
+        self._droppable = [w for w in self.tensors if readings[w.untyped_storage().data_ptr()] == 1]
         for pointer in found:
             self._library.fastgan_freeze_weight(pointer)
         self._forget = weakref.finalize(self, _forget, self._library, list(found))
@@ -56,16 +61,30 @@ class FrozenWeights:
 
     def drop(self) -> int:
         """Give back the values of which only what was made is read; returns their bytes. There is no way back."""
-        for tensor in self.tensors:
+        kept = []
+        for tensor in self._droppable:
             size = tensor.numel() * tensor.element_size()
             if self._library.fastgan_drop_weight(tensor.data_ptr(), size):
                 self.dropped += size
+            else:
+                kept.append(tensor)
+        self._droppable = kept
         return self.dropped
 
 
 def _forget(library: Any, pointers: list[int]) -> None:
     for pointer in pointers:
         library.fastgan_forget_weight(pointer)
+
+
+def _readings(module: fx.GraphModule) -> Iterator[int]:
+    """The storage of each constant, once for every place in the graph that reads it."""
+    for user in module.graph.nodes:
+        places: list[fx.Node] = []
+        fx.map_arg((user.args, user.kwargs), places.append)
+        for node in places:
+            if node.op == "get_attr":
+                yield constant_of(node).untyped_storage().data_ptr()
 
 
 def _weight_names(graph: fx.Graph) -> list[str]:
