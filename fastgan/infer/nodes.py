@@ -147,6 +147,11 @@ def is_a(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def epilogue_of(node: fx.Node) -> dict[str, Any] | None:
     """The epilogue's arguments of a node that has one, defaults included."""
     if not is_a(node, *_HAS_EPILOGUE):
@@ -163,11 +168,6 @@ def is_image(node: Any) -> bool:
     """Whether a node's value is float32 [N, C, H, W]."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return isinstance(value, Tensor) and value.dtype == torch.float32 and value.ndim == 4
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether an operator draws numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def name_of(node: fx.Node) -> str:

@@ -117,10 +117,7 @@ def make_program(module: fx.GraphModule, choose: Chooser, precision: str) -> Pro
 
 def hoist(module: fx.GraphModule) -> None:
     """Move what torch computes of the inputs and needs no image, styles and their like, in front of everything else:
-    done in a row it costs a fraction of what it costs in between, where each finds the caches full of images.
-
-    What draws numbers stays: in another order it would draw others.
-    """
+    done in a row it costs a fraction of what it costs in between, where each finds the caches full of images."""
     graph = module.graph
     sources = [node for node in graph.nodes if node.op in ("get_attr", "placeholder")]
     if not sources:

@@ -49,6 +49,14 @@ def psnr(got: Tensor, expected: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(max(span, 1e-30) ** 2 / error)
 
 
+@contextmanager
+def same_noise() -> Iterator[None]:
+    """What is drawn inside is the same each time, and what is drawn later what it would have been."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def noise_like(inputs: Sequence[Tensor]) -> list[Tensor]:
     """Normal noise with the mean and the deviation of each floating-point input; others as they are."""
     return [
@@ -70,14 +78,6 @@ def _noise(shape: Sequence[int], dtype: torch.dtype, mean: float, deviation: flo
     return (noise * deviation + mean).to(dtype)
 
 
-@contextmanager
-def drawing_the_same() -> Iterator[None]:
-    """A model that draws noise draws the same each time; the caller's generators are left as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 def verify(
     workspace: Workspace | Functional, original: fx.GraphModule, inputs: Sequence[Tensor], tolerance: float
 ) -> float:
@@ -91,9 +91,9 @@ def verify(
         Mismatch: a difference beyond the tolerance, with the first layer that differs.
     """
     # TF32 as the tolerance has it, whatever the flag says.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tolerance > TOLERANCE), drawing_the_same():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tolerance > TOLERANCE), same_noise():
         expected = fx.Interpreter(original).run(*inputs)
-    with drawing_the_same():
+    with same_noise():
         got = workspace.run(inputs)
     worst = 0.0
     for ours, theirs in zip(got, expected, strict=True):
@@ -125,9 +125,9 @@ def _sampled(
 ) -> list[list[float]]:
     expected = workspace.program.inputs
     made = [_noise(i[1], i[2], *m).to(device) for i, m in zip(expected, moments, strict=True)]
-    with drawing_the_same():
-        answered = workspace.run(made)
-    results = [value for value in answered if isinstance(value, Tensor) and value.numel() > 0]
+    with same_noise():
+        results = workspace.run(made)
+    results = [value for value in results if isinstance(value, Tensor) and value.numel() > 0]
     return [value.flatten()[:: max(1, value.numel() // _SAMPLES)].double().tolist() for value in results]
 
 
@@ -161,7 +161,7 @@ def _first_difference(
                 expected[n.name] = value
             return value
 
-    with drawing_the_same():
+    with same_noise():
         Recorder(original).run(*inputs)
     told: list[str] = []
 
@@ -177,7 +177,7 @@ def _first_difference(
             by = f" by {choice.algorithm}" if choice else ""
             told.append(f"the first layer that differs is {steps[number].name}{by}, by {apart:.2e}")
 
-    with drawing_the_same():
+    with same_noise():
         workspace.run(inputs, watch)
     return told[0] if told else "no layer differs by itself"
 
