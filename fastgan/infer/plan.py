@@ -120,6 +120,8 @@ def hoist(module: fx.GraphModule) -> None:
     done in a row it costs a fraction of what it costs in between, where each finds the caches full of images."""
     graph = module.graph
     sources = [node for node in graph.nodes if node.op in ("get_attr", "placeholder")]
+    if not sources:
+        return
     last, *others = sources
     for node in others:
         last.append(node)
