@@ -178,6 +178,7 @@ class EngineTarget(Target):
 
     workload: Workload
     loose: tuple[str, ...] = ()
+    precision: str = "fp32"
 
     def passes(self, candidate: str) -> dict[str, Callable[[], object]]:
         make = self.candidates[candidate]
@@ -249,6 +250,7 @@ def make_target(
         at_least=at_least,
         group="inference engine",
         workload=workload,
+        precision=precision,
         loose=() if precision == "fp32" else (OURS, OPENVINO_INT8),
         **facts,
     )
