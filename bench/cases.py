@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgan.profile.latency import Work, passes
+from fastgan.profile.latency import BURST_SECONDS, Work, passes
 
 BASELINE = "eager"
 
@@ -30,6 +30,7 @@ class Case:
         baselines: the candidates that the others are compared with; of several, the fastest.
         warmup, min_rounds: calls before a measurement and rounds of it, however long they take.
         memory: also measure peak memory, which takes two more calls.
+        burst: seconds that a sample takes at least, in calls one after another.
     """
 
     op: str
@@ -44,13 +45,17 @@ class Case:
     warmup: int = 2
     min_rounds: int = 5
     memory: bool = True
+    burst: float = BURST_SECONDS
 
     @property
     def pass_names(self) -> list[str]:
         return ["fwd", "bwd", "fwd+bwd", *(["double bwd"] if self.double else [])]
 
     def passes(self, candidate: str) -> dict[str, Callable[[], object]]:
-        """name of the pass -> a function to time; all candidates see the same values."""
+        """name of the pass -> a function to time; all candidates see the same values.
+
+        What a function has in its attribute ``facts``, a dictionary, goes into its row.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             inputs = self.inputs()

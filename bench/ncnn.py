@@ -1,4 +1,4 @@
-"""The convolutions of a network in ncnn's two files: ``.param``, a text of layers, and ``.bin``, their weights in order.
+"""The convolutions of a network in ncnn's two files: ``.param``, a text of layers, and ``.bin``, their weights.
 
 A ``.param`` has a magic number, the numbers of layers and of blobs, and a line per layer: type, name, number of inputs,
 number of results, their names, and ``key=value`` pairs. Of a Convolution, 0 is the number of results, 5 whether there

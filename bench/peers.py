@@ -13,12 +13,14 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 Run = Callable[[Tensor], Tensor]
 Make = Callable[[nn.Module, Tensor], Run]
@@ -43,10 +45,6 @@ def require(module: str, package: str) -> ModuleType:
         ) from error
 
 
-def version(package: str) -> str:
-    return importlib.metadata.version(package)
-
-
 def export(model: nn.Module, example: Tensor, folder: str) -> str:
     """The path of the model as ONNX, exported by torch.export."""
     require("onnxscript", "onnxscript")
@@ -61,7 +59,7 @@ def onnx_runtime(model: nn.Module, example: Tensor) -> Run:
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Between calls its threads would go on spinning, on the cores of whoever is timed next; within a call they still do.
+    # Its threads would go on spinning after a call, on the cores of whoever is timed next; within a call they still do.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         session = ort.InferenceSession(export(model, example, folder), options, providers=["CPUExecutionProvider"])
@@ -89,21 +87,49 @@ def openvino_f32(model: nn.Module, example: Tensor) -> Run:
 
 
 def openvino_int8(model: nn.Module, example: Tensor, calibration: Sequence[Tensor]) -> Run:
-    """Post-training quantisation by NNCF, its defaults; what it leaves in floating point is float32."""
+    """Post-training quantisation by NNCF; what it leaves in floating point is float32.
+
+    Weights are given 7 bits and maps a zero point where they need one. By NNCF's defaults the U-Net's picture has 18 dB
+    on a CPU without VNNI, whose 16-bit sums of two products saturate; so it has 35 dB, and is as fast.
+    """
     nncf = require("nncf", "nncf")
     found = _read_openvino(model, example)
     images = nncf.Dataset([image.numpy() for image in calibration])
-    return _compile_openvino(nncf.quantize(found, images, subset_size=len(calibration)))
+    seven_bits = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    quantised = nncf.quantize(
+        found,
+        images,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(calibration),
+        advanced_parameters=seven_bits,
+    )
+    return _compile_openvino(quantised)
 
 
 def torch_frozen(model: nn.Module, example: Tensor) -> Run:
     """torch.compile with weights as constants: batch norm folded, weights laid out for oneDNN ahead."""
     from torch._inductor import config
 
+    fold_transposed(model)
+    # All models here that are nn.Sequential share one forward, whose compilations are limited to a few.
+    torch._dynamo.reset()
     compiled = torch.compile(model)
     with torch.no_grad(), config.patch(freezing=True):
         compiled(example)
     return compiled
+
+
+def fold_transposed(model: nn.Module) -> None:
+    """Fold each batch norm that follows a transposed convolution in an nn.Sequential, in place.
+
+    Frozen, torch 2.14 folds it only where C_in = C_out, and there scales the weight [C_in, C_out, kH, kW] along C_in:
+    the U-Net's picture is off by a quarter of its range. Folded before, the picture is right, and no slower.
+    """
+    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for (name, convolution), (after, norm) in pairwise(list(sequence.named_children())):
+            if isinstance(convolution, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(sequence, name, fuse_conv_bn_eval(convolution, norm, transpose=True))
+                setattr(sequence, after, nn.Identity())
 
 
 def eager(model: nn.Module, example: Tensor) -> Run:
@@ -123,12 +149,17 @@ FLOAT32_PEERS: dict[str, Make] = {
     "ONNX Runtime": onnx_runtime,
     "OpenVINO f32": openvino_f32,
 }
-# Whose releases a candidate's time depends on, besides torch's, which every row has.
+# What candidates of these names need besides torch.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "ONNX Runtime": ("onnxruntime",),
     "OpenVINO f32": ("openvino",),
     "OpenVINO int8": ("openvino", "nncf"),
 }
+
+
+def versions(candidate: str) -> dict[str, str]:
+    """The releases of the packages that a candidate of this name runs in, besides torch."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES.get(candidate, ())}
 
 
 def psnr(picture: Tensor, reference: Tensor) -> float:

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -47,7 +47,12 @@ def measure_case(case: Case, seconds: float, compiled: bool, device: str = "cpu"
     for which in case.pass_names:
         functions = {name: found[which] for name, found in candidates.items() if which in found}
         timings = latency.measure(
-            functions, seconds=seconds, min_rounds=case.min_rounds, warmup=case.warmup, device=device
+            functions,
+            seconds=seconds,
+            min_rounds=case.min_rounds,
+            warmup=case.warmup,
+            burst=case.burst,
+            device=device,
         )
         against = min(case.baselines, key=lambda name: timings[name].median)
         work = case.work.get(which)
@@ -58,7 +63,8 @@ def measure_case(case: Case, seconds: float, compiled: bool, device: str = "cpu"
             row |= {"against": against, "speedup": latency.speedup(timings, name, against)}
             if case.memory:
                 row["peak_bytes"] = latency.peak_memory(functions[name], device)
-            yield row | (latency.throughput(timing, work, limits) if work else {})
+            row |= latency.throughput(timing, work, limits) if work else {}
+            yield row | getattr(functions[name], "facts", {})
 
 
 def results_file(facts: dict[str, Any]) -> Path:
@@ -67,8 +73,14 @@ def results_file(facts: dict[str, Any]) -> Path:
     return RESULTS / f"{slug}-{facts['threads']}-threads.jsonl"
 
 
-def record(cases: Sequence[Case], seconds: float, compiled: bool = False) -> Path:
-    """Measure ``cases``, append and print every row as it comes; the file that the rows are in."""
+def described(row: dict[str, Any]) -> str:
+    """A row, for people, in a line."""
+    spread = f"{row['median_ms']:9.3f} ms ({row['p20_ms']:.3f}–{row['p80_ms']:.3f})"
+    return f"{row['op']:22} {row['case']:28} {row['pass']:11} {row['candidate']:8} {spread} {row['speedup']:6.2f}×"
+
+
+def append(rows: Iterable[dict[str, Any]], describe: Callable[[dict[str, Any]], str] = described) -> Path:
+    """Write and print every row as it comes, with where it comes from; the file that the rows are in."""
     facts = latency.environment() | {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "limits": asdict(latency.machine_limits()),
@@ -76,15 +88,16 @@ def record(cases: Sequence[Case], seconds: float, compiled: bool = False) -> Pat
     RESULTS.mkdir(exist_ok=True)
     path = results_file(facts)
     with path.open("a") as file:
-        for case in cases:
-            for row in measure_case(case, seconds, compiled):
-                file.write(json.dumps(row | facts, ensure_ascii=False) + "\n")
-                file.flush()
-                spread = f"{row['median_ms']:9.3f} ms ({row['p20_ms']:.3f}–{row['p80_ms']:.3f})"
-                print(
-                    f"{case.op:22} {case.name:28} {row['pass']:11} {row['candidate']:8} {spread} {row['speedup']:6.2f}×"
-                )
+        for row in rows:
+            file.write(json.dumps(row | facts, ensure_ascii=False) + "\n")
+            file.flush()
+            print(describe(row))
     return path
+
+
+def record(cases: Sequence[Case], seconds: float, compiled: bool = False) -> Path:
+    """Measure ``cases``, append and print every row as it comes; the file that the rows are in."""
+    return append(row for case in cases for row in measure_case(case, seconds, compiled))
 
 
 def main() -> None:

@@ -17,15 +17,16 @@ from bench.cases import BASELINE
 from bench.record import RESULTS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-TARGETS = "cpu_targets"
+# Rows that have tables of their own, made by the modules of these names.
+TARGETS = ("cpu_targets", "infer_targets")
 
 
 def newest_rows(path: Path) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
-    """(op, case, pass) -> candidate -> its newest row; the targets have a table of their own (bench.cpu_targets)."""
+    """(op, case, pass) -> candidate -> its newest row; those of TARGETS are left out."""
     found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        if row["op"] == TARGETS:
+        if row["op"] in TARGETS:
             continue
         found.setdefault((row["op"], row["case"], row["pass"]), {})[row["candidate"]] = row
     return found

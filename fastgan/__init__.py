@@ -32,6 +32,6 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
 
 def __getattr__(name: str) -> ModuleType:
     """``fastgan.ops`` and its siblings, imported on first use."""
-    if name in ("models", "nn", "ops", "profile", "train"):
+    if name in ("infer", "models", "nn", "ops", "profile", "train"):
         return importlib.import_module(f"fastgan.{name}")
     raise AttributeError(f"module 'fastgan' has no attribute {name!r}")

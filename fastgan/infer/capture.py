@@ -36,7 +36,7 @@ class Captured:
     Attributes:
         module: the graph; parameters and buffers are its ``get_attr`` nodes.
         in_spec: how (args, kwargs) flatten.
-        leaves: what they flattened to: a tensor's place holds None, anything else is a value that calls must repeat.
+        leaves: what they flattened to: a tensor's place holds None, a value that calls must repeat is a list of it.
         out_spec: how the results flatten.
     """
 
@@ -58,13 +58,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def apart(device_type: str) -> Iterator[None]:
+    """Without gradients, and without the autocast and the inference mode that the caller may be in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-    """The graph of ``model(*args, **kwargs)`` in evaluation.
+    """The graph of ``model(*args, **kwargs)`` in evaluation; to be called within :func:`apart`.
 
     Raises:
         ValueError: the model cannot be written as one graph (its control flow depends on data), or it changes buffers.
     """
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         try:
             exported = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
             exported = exported.run_decompositions({})
@@ -91,8 +98,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     leaves, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     _drop_scalar_inputs(module, leaves)
     name_origins(module.graph)
+    _reshape_instead_of_view(module.graph)
     drop_noops(module)
-    kept = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    kept = [None if isinstance(leaf, Tensor) else [leaf] for leaf in leaves]
     return Captured(module, in_spec, kept, exported.call_spec.out_spec)
 
 
@@ -152,6 +160,13 @@ def name_origins(graph: fx.Graph) -> None:
         path = next((entry[0] for entry in reversed(stack.values())), "")
         operation = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
         node.meta["origin"] = f"{path or 'model'}: {operation}"
+
+
+def _reshape_instead_of_view(graph: fx.Graph) -> None:
+    """A view that fits the strides of the model's own tensors need not fit those of ours."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def drop_noops(module: fx.GraphModule) -> None:

@@ -23,7 +23,7 @@ _ROUNDS = 7
 def candidates(node: fx.Node, precision: str) -> list[Choice]:
     """What can compute a convolution; the cost model's choice comes first."""
     k = node.kwargs
-    x, weight = torch.empty(shape_of(k["x"])), constant_of(k["weight"])
+    x, weight = torch.empty(shape_of(k["x"]), dtype=torch.float32), constant_of(k["weight"])
     found = _into.convolution_candidates(x, weight, *(k[name] for name in nodes.GEOMETRY), precision)
     return [Choice(*one) for one in found]
 
@@ -56,7 +56,8 @@ def by_trying(precision: str, progress: Callable[[str], None] | None = None) -> 
 def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
     """The candidates with their times, the fastest first."""
     k = node.kwargs
-    x, out, weight = torch.randn(shape_of(k["x"])), torch.empty(shape_of(node)), constant_of(k["weight"])
+    x, out = torch.randn(shape_of(k["x"]), dtype=torch.float32), torch.empty(shape_of(node), dtype=torch.float32)
+    weight = constant_of(k["weight"])
     scales = {name: None if k.get(name) is None else _like(k[name]) for name in ("in_scale", "out_scale")}
     geometry = tuple(k[name] for name in nodes.GEOMETRY)
     nothing = (None, None, None, None)
@@ -79,4 +80,4 @@ def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
 
 def _like(node: fx.Node) -> Tensor:
     value = constant_of(node)
-    return torch.ones(shape_of(node)) if value is None else value
+    return torch.ones(shape_of(node), dtype=torch.float32) if value is None else value

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fastgan import _native
 from fastgan.infer import files
-from fastgan.infer.capture import Captured, capture
+from fastgan.infer.capture import Captured, apart, capture
 from fastgan.infer.choose import by_cost, by_trying
 from fastgan.infer.fold import crop_kernels, fold_constants, fold_factors, fold_upsampling
 from fastgan.infer.functional import CudaGraph, Functional, constants_in_channels_last
@@ -77,18 +77,19 @@ def optimize(
     kwargs = dict(example_kwargs or {})
     inputs = [leaf for leaf in pytree.tree_leaves((example_args, kwargs)) if isinstance(leaf, Tensor)]
     device = _device_of(model, inputs)
-    captured = capture(model, example_args, kwargs)
-    check_finite(captured.module)
-    original = fx.GraphModule(captured.module, copy.deepcopy(captured.module.graph))
-    simplify(captured.module, precision)
-    own_constants(captured.module, model)
-    chooser = by_trying(precision, progress) if tune else by_cost(precision)
-    fast = FastGenerator(captured, precision, chooser, device)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), fast.pool.borrow() as workspace:
-        for name, values in (("the example", inputs), ("noise", noise_like(inputs))):
-            values = [value.detach().contiguous() for value in values]
-            fast.differences[name] = verify(workspace, original, values, tolerance_on(device, precision))
-        fast._sample = take_sample(workspace, inputs)
+    with apart(device.type):
+        captured = capture(model, example_args, kwargs)
+        check_finite(captured.module)
+        original = fx.GraphModule(captured.module, copy.deepcopy(captured.module.graph))
+        simplify(captured.module, precision)
+        own_constants(captured.module, original)
+        chooser = by_trying(precision, progress) if tune else by_cost(precision)
+        fast = FastGenerator(captured, precision, chooser, device)
+        with fast.pool.borrow() as workspace:
+            for name, values in (("the example", inputs), ("noise", noise_like(inputs))):
+                values = [value.detach().contiguous() for value in values]
+                fast.differences[name] = verify(workspace, original, values, tolerance_on(device, precision))
+            fast._sample = take_sample(workspace, inputs)
     return fast
 
 
@@ -110,7 +111,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FastGenerat
     fast = FastGenerator(captured, precision, lambda node: choices.get(node) or by_model(node), device)
     fast.differences.update(facts["differences"])
     fast._sample = facts["sample"]
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), fast.pool.borrow() as workspace:
+    with apart(device.type), fast.pool.borrow() as workspace:
         check_sample(workspace, fast._sample, device, tolerance_on(device, precision))
     return fast
 
@@ -168,7 +169,7 @@ class FastGenerator(nn.Module):
         self._sample: dict[str, Any] = {}
         arguments = captured.in_spec.child(0)
         plain = captured.in_spec.num_leaves == arguments.num_children and all(c.is_leaf() for c in arguments.children())
-        self._only_tensors = arguments.num_children if plain and set(captured.leaves) <= {None} else None
+        self._only_tensors = arguments.num_children if plain and all(leaf is None for leaf in captured.leaves) else None
         self._device, module = device, captured.module
         planned = device.type == "cpu" and _native.cpu_library() is not None
         self._weights = FrozenWeights(module if planned else None)
@@ -252,6 +253,9 @@ class FastGenerator(nn.Module):
         leaves: Sequence[Any] = args
         # What pytree would find as well, and takes as long for as a small layer.
         if kwargs or len(args) != self._only_tensors or not all([isinstance(leaf, Tensor) for leaf in args]):
+            # By name they may come in any order; a graph knows one.
+            names = self._captured.in_spec.child(1).context or []
+            kwargs = {name: kwargs[name] for name in names} if set(names) == set(kwargs) else kwargs
             leaves, spec = pytree.tree_flatten((args, kwargs))
         else:
             spec = self._captured.in_spec
@@ -262,10 +266,14 @@ class FastGenerator(nn.Module):
             )
         inputs, expected = [], iter(self.program.inputs)
         for number, (leaf, fixed) in enumerate(zip(leaves, self._captured.leaves, strict=True)):
-            if fixed is not None or not isinstance(leaf, Tensor):
-                if type(leaf) is not type(fixed) or leaf != fixed:
-                    raise ValueError(f"infer: argument {number} must be {fixed!r} as in the example, got {leaf!r}")
+            if fixed is not None:
+                if type(leaf) is not type(fixed[0]) or leaf != fixed[0]:
+                    raise ValueError(
+                        f"infer: argument {number} must be {fixed[0]!r} as in the example, got {_told(leaf)}"
+                    )
                 continue
+            if not isinstance(leaf, Tensor):
+                raise ValueError(f"infer: argument {number} must be a tensor as in the example, got {leaf!r}")
             _, shape, dtype = next(expected)
             if tuple(leaf.shape) != shape or leaf.dtype != dtype or leaf.device.type != self._device.type:
                 raise ValueError(
@@ -278,4 +286,9 @@ class FastGenerator(nn.Module):
 
 def _signature(spec: pytree.TreeSpec) -> str:
     args, kwargs = spec.child(0), spec.child(1)
-    return f"{args.num_children} positional and {sorted(kwargs.context or [])} by name"
+    flat = all(child.is_leaf() for child in (*args.children(), *kwargs.children()))
+    return f"{args.num_children} positional and {sorted(kwargs.context or [])} by name" + ("" if flat else f": {spec}")
+
+
+def _told(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

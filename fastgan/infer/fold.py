@@ -12,7 +12,7 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from fastgan.infer import nodes
 from fastgan.infer.capture import add_constant, aten, constant_of, eliminate_dead
 from fastgan.infer.lower import replace
-from fastgan.infer.nodes import is_a, is_image, shape_of
+from fastgan.infer.nodes import is_a, is_image, is_random, shape_of
 
 
 def fold_constants(module: fx.GraphModule) -> None:
@@ -21,7 +21,7 @@ def fold_constants(module: fx.GraphModule) -> None:
     graph = module.graph
     folded: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or _is_random(node):
+        if node.op != "call_function" or is_random(node):
             continue
         inputs = node.all_input_nodes
         if not all(constant_of(i) is not None or i in folded for i in inputs):
@@ -44,10 +44,6 @@ def fold_constants(module: fx.GraphModule) -> None:
         if not node.users:
             graph.erase_node(node)
     eliminate_dead(graph)
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def fold_factors(module: fx.GraphModule) -> None:

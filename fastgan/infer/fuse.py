@@ -259,7 +259,7 @@ def _shares_tiles(x: fx.Node, layers: list[fx.Node], precision: str) -> bool:
     if x.meta["val"].device.type == "cuda" or _native.cpu_library() is None:
         return False
     weights = [constant_of(layer.kwargs["weight"]) for layer in layers]
-    return bool(torch.ops.fastgan._dense_block_tile(torch.empty(shape_of(x)), weights, precision))
+    return bool(torch.ops.fastgan._dense_block_tile(torch.empty(shape_of(x), dtype=torch.float32), weights, precision))
 
 
 def _dense_layers(node: fx.Node) -> list[fx.Node] | None:

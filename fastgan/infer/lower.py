@@ -235,6 +235,8 @@ def _activation(act: str, **alpha_from: str) -> Rule:
         for name, value in _AS_DEFINED.get(act, {}).items():
             if a.get(name, value) != value:
                 return f"its {name} is not {value}"
+        if a.get("threshold", 20) < 20:
+            return "it is linear where softplus is not yet"
         return nodes.pointwise, {"x": x, "act": act, "alpha": float(alpha)}
 
     return rule
@@ -283,7 +285,7 @@ def _bias_act(module: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> Lower
 def _per_channel(module: fx.GraphModule, value: Any, channels: int, before: fx.Node) -> Tensor | None:
     """A number or a constant that broadcasts over an image by channels, as [C]."""
     if isinstance(value, (int, float)):
-        return torch.full((channels,), float(value))
+        return torch.full((channels,), float(value), dtype=torch.float32)
     tensor = constant_of(value)
     if tensor is None or tensor.dtype != torch.float32:
         return None
@@ -302,6 +304,8 @@ def _product(module: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> Lowere
     if not is_image(x) or shape_of(x) != shape_of(node):
         return "it multiplies no image by a factor"
     if isinstance(factor, (int, float)):
+        if divides and factor == 0:
+            return "it divides by zero"
         return nodes.pointwise, {"x": x, "gain": 1.0 / factor if divides else float(factor)}
     values = _per_channel(module, factor, shape_of(x)[1], node)
     if values is None:

@@ -147,6 +147,11 @@ def is_a(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def epilogue_of(node: fx.Node) -> dict[str, Any] | None:
     """The epilogue's arguments of a node that has one, defaults included."""
     if not is_a(node, *_HAS_EPILOGUE):

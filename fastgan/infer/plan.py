@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fastgan.infer import nodes
 from fastgan.infer.capture import aten, constant_of, outputs_of
 from fastgan.infer.memory import Span, most_alive, place
-from fastgan.infer.nodes import is_a, name_of, shape_of
+from fastgan.infer.nodes import is_a, is_random, name_of, shape_of
 from fastgan.ops import _into
 
 
@@ -120,6 +120,8 @@ def hoist(module: fx.GraphModule) -> None:
     done in a row it costs a fraction of what it costs in between, where each finds the caches full of images."""
     graph = module.graph
     sources = [node for node in graph.nodes if node.op in ("get_attr", "placeholder")]
+    if not sources:
+        return
     last, *others = sources
     for node in others:
         last.append(node)
@@ -129,7 +131,7 @@ def hoist(module: fx.GraphModule) -> None:
         known = all(i.op != "call_function" or i in hoisted for i in node.all_input_nodes)
         value = node.meta.get("val")
         small = not isinstance(value, Tensor) or value.numel() <= _SMALL
-        if known and small and node.target not in _KERNELS:
+        if known and small and node.target not in _KERNELS and not is_random(node):
             hoisted.add(node)
             last.append(node)
             last = node

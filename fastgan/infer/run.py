@@ -24,7 +24,9 @@ class Workspace:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.memory = torch.empty(program.bytes // 4, dtype=torch.float32)
+        # A tensor of inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.memory = torch.empty(program.bytes // 4, dtype=torch.float32, device="cpu")
         self.values: list[Any] = [None] * program.slots
         for slot, tensor in program.constants.items():
             self.values[slot] = tensor
@@ -68,7 +70,7 @@ class Workspace:
         for (slot, _, _), value in zip(program.inputs, inputs, strict=True):
             values[slot] = value
         for slot, shape in program.results.items():
-            values[slot] = torch.empty(shape)
+            values[slot] = torch.empty(shape, dtype=torch.float32, device="cpu")
         for number, (kernel, bound, kwargs, late, result, release) in enumerate(self.calls):
             args = bound
             if late is None:

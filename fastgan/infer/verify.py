@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,14 @@ def psnr(got: Tensor, expected: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(max(span, 1e-30) ** 2 / error)
 
 
+@contextmanager
+def same_noise() -> Iterator[None]:
+    """What is drawn inside is the same each time, and what is drawn later what it would have been."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def noise_like(inputs: Sequence[Tensor]) -> list[Tensor]:
     """Normal noise with the mean and the deviation of each floating-point input; others as they are."""
     return [
@@ -82,9 +91,10 @@ def verify(
         Mismatch: a difference beyond the tolerance, with the first layer that differs.
     """
     # TF32 as the tolerance has it, whatever the flag says.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tolerance > TOLERANCE):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tolerance > TOLERANCE), same_noise():
         expected = fx.Interpreter(original).run(*inputs)
-    got = workspace.run(inputs)
+    with same_noise():
+        got = workspace.run(inputs)
     worst = 0.0
     for ours, theirs in zip(got, expected, strict=True):
         if isinstance(theirs, Tensor):
@@ -115,7 +125,9 @@ def _sampled(
 ) -> list[list[float]]:
     expected = workspace.program.inputs
     made = [_noise(i[1], i[2], *m).to(device) for i, m in zip(expected, moments, strict=True)]
-    results = [value for value in workspace.run(made) if isinstance(value, Tensor) and value.numel() > 0]
+    with same_noise():
+        results = workspace.run(made)
+    results = [value for value in results if isinstance(value, Tensor) and value.numel() > 0]
     return [value.flatten()[:: max(1, value.numel() // _SAMPLES)].double().tolist() for value in results]
 
 
@@ -149,7 +161,8 @@ def _first_difference(
                 expected[n.name] = value
             return value
 
-    Recorder(original).run(*inputs)
+    with same_noise():
+        Recorder(original).run(*inputs)
     told: list[str] = []
 
     def watch(number: int, value: Any) -> None:
@@ -164,7 +177,8 @@ def _first_difference(
             by = f" by {choice.algorithm}" if choice else ""
             told.append(f"the first layer that differs is {steps[number].name}{by}, by {apart:.2e}")
 
-    workspace.run(inputs, watch)
+    with same_noise():
+        workspace.run(inputs, watch)
     return told[0] if told else "no layer differs by itself"
 
 

@@ -4,9 +4,11 @@ checked."""
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fastgan import _native
 from fastgan.infer import nodes
@@ -14,9 +16,12 @@ from fastgan.infer.capture import constant_of
 from fastgan.infer.nodes import is_a
 
 
-def own_constants(module: fx.GraphModule, model: nn.Module) -> None:
-    """Replace each constant that is memory of the model by a copy: what happens to the model later is its own."""
-    tensors = [*model.parameters(), *model.buffers()]
+def own_constants(module: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Replace each constant that is memory of the model by a copy: what happens to the model later is its own.
+
+    Constants of the ``original`` graph are the model's: parameters, buffers, and tensors that are neither.
+    """
+    tensors = [constant_of(node) for node in original.graph.nodes if node.op == "get_attr"]
     borrowed = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     copies: dict[int, Tensor] = {}
     for node in module.graph.nodes:
@@ -42,6 +47,9 @@ class FrozenWeights:
             setattr(module, name, weight)
             found[weight.data_ptr()] = weight
         self.tensors = list(found.values())
+        readings = Counter(_readings(module)) if module is not None else Counter()
+        # What a second layer reads as it is, no matter what a first one made of it, must stay.
+        self._droppable = [w for w in self.tensors if readings[w.untyped_storage().data_ptr()] == 1]
         for pointer in found:
             self._library.fastgan_freeze_weight(pointer)
         self._forget = weakref.finalize(self, _forget, self._library, list(found))
@@ -53,16 +61,30 @@ class FrozenWeights:
 
     def drop(self) -> int:
         """Give back the values of which only what was made is read; returns their bytes. There is no way back."""
-        for tensor in self.tensors:
+        kept = []
+        for tensor in self._droppable:
             size = tensor.numel() * tensor.element_size()
             if self._library.fastgan_drop_weight(tensor.data_ptr(), size):
                 self.dropped += size
+            else:
+                kept.append(tensor)
+        self._droppable = kept
         return self.dropped
 
 
 def _forget(library: Any, pointers: list[int]) -> None:
     for pointer in pointers:
         library.fastgan_forget_weight(pointer)
+
+
+def _readings(module: fx.GraphModule) -> Iterator[int]:
+    """The storage of each constant, once for every place in the graph that reads it."""
+    for user in module.graph.nodes:
+        places: list[fx.Node] = []
+        fx.map_arg((user.args, user.kwargs), places.append)
+        for node in places:
+            if node.op == "get_attr":
+                yield constant_of(node).untyped_storage().data_ptr()
 
 
 def _weight_names(graph: fx.Graph) -> list[str]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 # A sample of a short candidate is a burst of calls of about this long, so that the clock and cold caches do not count.
-_BURST_SECONDS = 5e-4
+BURST_SECONDS = 5e-4
 _MAX_BURST = 1000
 
 
@@ -59,7 +59,7 @@ def measure(
     rounds: int | None = None,
     min_rounds: int = 5,
     warmup: int = 2,
-    burst: float = _BURST_SECONDS,
+    burst: float = BURST_SECONDS,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Time candidates against each other: interleaved, in rotating order, garbage collection off.
