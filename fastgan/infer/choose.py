@@ -12,10 +12,12 @@ from torch import Tensor, fx
 
 from fastgan.infer import nodes
 from fastgan.infer.capture import constant_of
-from fastgan.infer.nodes import shape_of
+from fastgan.infer.nodes import shape_of, storage_of
 from fastgan.infer.plan import Choice, Chooser
 from fastgan.ops import _into
 
+# The algorithms that can store what they make of a weight in bfloat16.
+_NARROW = ("few_pixels", "winograd")
 # Calls that each candidate is timed by, after one that prepares its weight.
 _ROUNDS = 7
 
@@ -25,7 +27,8 @@ def candidates(node: fx.Node, precision: str) -> list[Choice]:
     k = node.kwargs
     x, weight = torch.empty(shape_of(k["x"]), dtype=torch.float32), constant_of(k["weight"])
     found = _into.convolution_candidates(x, weight, *(k[name] for name in nodes.GEOMETRY), precision)
-    return [Choice(*one) for one in found]
+    storage = storage_of(node)
+    return [Choice(*one, storage=storage if one[0] in _NARROW else "fp32") for one in found]
 
 
 def by_cost(precision: str) -> Chooser:
@@ -43,6 +46,7 @@ def by_trying(precision: str, progress: Callable[[str], None] | None = None) -> 
     def choose(node: fx.Node) -> Choice:
         geometry = tuple(node.kwargs[name] for name in nodes.GEOMETRY)
         key = (shape_of(node.kwargs["x"]), shape_of(node), constant_of(node.kwargs["weight"]).shape, geometry)
+        key += (storage_of(node),)
         if key not in known:
             known[key] = _timed(node, candidates(node, precision))
             if progress is not None:
@@ -66,7 +70,7 @@ def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
         start = time.perf_counter()
         _into.scaled_conv2d_into(
             *(x, weight, scales["in_scale"], scales["out_scale"], *nothing, *geometry),
-            *(choice.algorithm, choice.tile, "linear", 0.0, 1.0, None, 1.0, out),
+            *(choice.algorithm, choice.tile, choice.storage, "linear", 0.0, 1.0, None, 1.0, out),
         )
         return 1e3 * (time.perf_counter() - start)
 

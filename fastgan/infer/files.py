@@ -52,7 +52,8 @@ def save(path: Path, captured: Captured, program: Program, facts: Mapping[str, A
             value = constant_of(node)
             record["transposed"] = value.ndim == 2 and not value.is_contiguous() and value.t().is_contiguous()
             stored = value.t() if record["transposed"] else value
-            tensors[node.target] = stored.contiguous().clone()
+            record["storage"] = node.meta.get("storage", "fp32")
+            tensors[node.target] = _stored(stored.contiguous(), record["storage"])
         described.append(record)
     text = json.dumps(
         {
@@ -68,6 +69,11 @@ def save(path: Path, captured: Captured, program: Program, facts: Mapping[str, A
     partial = path.with_name(path.name + ".partial")
     from_safetensors.torch.save_file(tensors, str(partial), header)
     os.replace(partial, path)
+
+
+def _stored(value: Tensor, storage: str) -> Tensor:
+    """Memory of its own; of values that bfloat16 has, half as much."""
+    return value.bfloat16() if storage == "bf16" else value.clone()
 
 
 def read(path: Path) -> tuple[Captured, dict[fx.Node, Choice], dict[str, Any]]:
@@ -196,9 +202,11 @@ def _graph(
         if record["op"] == "placeholder":
             node = graph.placeholder(record["name"])
         elif record["op"] == "get_attr":
-            value = tensors[record["target"]]
+            narrow = record["storage"] == "bf16"
+            value = tensors[record["target"]].float() if narrow else tensors[record["target"]]
             module.register_buffer(record["target"], value.t() if record["transposed"] else value, persistent=False)
             node = graph.get_attr(record["target"])
+            node.meta["storage"] = record["storage"]
         elif record["op"] == "output":
             node = graph.output(tuple(args[0]))
         else:

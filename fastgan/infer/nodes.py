@@ -164,6 +164,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def storage_of(node: fx.Node) -> str:
+    """How a convolution's weight is stored: "fp32", or "bf16" for values that bfloat16 has."""
+    return node.kwargs["weight"].meta.get("storage", "fp32")
+
+
 def is_image(node: Any) -> bool:
     """Whether a node's value is float32 [N, C, H, W]."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None

@@ -36,6 +36,7 @@ class Choice:
     tile: int
     predicted_ms: float  # by the cost model; 0 where it has none
     measured_ms: float | None = None  # with tune=True
+    storage: str = "fp32"  # or "bf16", of what the algorithm makes of the weight
 
 
 @dataclass
@@ -285,7 +286,7 @@ def _convolution(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ..
     k = node.kwargs
     tensors = (k["x"], k["weight"], k.get("in_scale"), k.get("out_scale"), *_tensors(node))
     geometry = tuple(k[name] for name in nodes.GEOMETRY)
-    return (*tensors, *geometry, choice.algorithm, choice.tile, *_epilogue_settings(node))
+    return (*tensors, *geometry, choice.algorithm, choice.tile, choice.storage, *_epilogue_settings(node))
 
 
 def _pointwise(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastgan.infer.plan import Choice, Program
 
@@ -18,7 +18,7 @@ class Row:
         kind: the fused layer, or torch's operator.
         shape: of its result.
         fused: what it computes besides.
-        algorithm: of a convolution, with Winograd's tile.
+        algorithm: of a convolution, with Winograd's tile, and "bf16" where it multiplies with weights stored so.
         ms: measured, or of a convolution predicted by the cost model; None where nothing is known.
         measured: whether ``ms`` was, by ``profile`` or while tuning.
         reason: why it is left to torch; None where a kernel of ours computes it.
@@ -36,11 +36,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows, the largest differences from the original, and the sizes; ``str()`` is a table."""
+    """The rows and the largest differences from the original; ``str()`` is a table.
+
+    Attributes:
+        psnr: with weights in bfloat16, the least PSNR of any result to the original's, in dB.
+        kept: layer -> the PSNR that rounding its weight alone leaves, of layers that stay in float32 for that reason.
+    """
 
     rows: tuple[Row, ...]
     differences: dict[str, float]
     precision: str
+    psnr: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
 
     @property
     def left_to_torch(self) -> tuple[Row, ...]:
@@ -51,6 +58,10 @@ class Report:
         lines = [f"precision {self.precision}: {len(self.rows)} steps, {len(self.left_to_torch)} of them torch's"]
         for name, value in self.differences.items():
             lines.append(f"  differs from the original by {value:.1e} of the largest value on {name}")
+        for name, value in self.psnr.items():
+            lines.append(f"  PSNR {value:.1f} dB to the original on {name}")
+        for layer, value in self.kept.items():
+            lines.append(f"  {layer} stays in float32: its rounded weight alone leaves {value:.1f} dB")
         for row in self.rows:
             time = "" if row.ms is None else f"{row.ms:.2f} ms {'measured' if row.measured else 'predicted'}"
             cells = [row.layer, "×".join(map(str, row.shape)), row.algorithm or row.kind, time]
@@ -93,7 +104,8 @@ def rows_of(program: Program, measured: Sequence[float] | None = None) -> tuple[
 def _algorithm(choice: Choice | None) -> str | None:
     if choice is None:
         return None
-    return f"{choice.algorithm} m={choice.tile}" if choice.tile else choice.algorithm
+    words = [choice.algorithm, f"m={choice.tile}" if choice.tile else "", "" if choice.storage == "fp32" else "bf16"]
+    return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ class FrozenWeights:
         self._forget = weakref.finalize(self, _forget, self._library, list(found))
         self.dropped = 0
 
+    def release(self) -> None:
+        """Have the kernels forget the weights now, so that another program may own them."""
+        self._forget()
+
     def prepared_bytes(self) -> int:
         """Memory of what was made of the weights."""
         return sum(self._library.fastgan_made_bytes(tensor.data_ptr()) for tensor in self.tensors)

@@ -4,7 +4,8 @@ Everything is float32 in NCHW, dense within each sample; nothing is checked but 
 gradient. Arguments are those of the ops of the same names, as their kernels take them (scales [N or 1, C or 1]).
 ``_scaled_conv2d_into`` is told its algorithm, one of ``_native.ALGORITHMS``, the tile m of Winograd's F(m x m, r x r)
 and how weights are stored: of "bf16", Winograd's tiles and few pixels are multiplied with weights in bfloat16, rounded
-once and kept with the weight; the other algorithms read the weight as it is. ``_convolution_candidates`` says which can serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that
+once and kept with the weight; the other algorithms read the weight as it is. ``_convolution_candidates`` says which can
+serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that
 ``scaled_conv2d`` would choose first. These ops exist where the CPU library is loaded.
 """
 
