@@ -13,8 +13,8 @@ namespace fastgan {
 
 enum class Storage { kFloat, kBfloat16 };
 
-// Memory for so many values, of which get() holds two in one float's place.
-inline LargeBuffer bf16_buffer(int64_t count) { return LargeBuffer(ceil_div(count, 2)); }
+// Memory for so many values that will be read for long, two in one float's place.
+inline LargeBuffer bf16_buffer(int64_t count) { return LargeBuffer(ceil_div(count, 2), true); }
 inline BFloat16* bf16_of(const LargeBuffer& buffer) { return reinterpret_cast<BFloat16*>(buffer.get()); }
 
 // Where value i lies.

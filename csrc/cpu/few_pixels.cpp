@@ -7,8 +7,9 @@
 // depends on the shapes alone, so the number of threads changes nothing; and no pixel meets another one's values, so a
 // NaN stays in its sample.
 //
-// W in bfloat16 is a copy whose rows lie pairwise (bf16.h) in whole pairs of registers, the rest as it was: sums are
-// those of a W of floats that was rounded.
+// W in bfloat16 is a copy that lies in the order in which it is read: task by task, within one block by block of
+// columns, row by row; each row pairwise (bf16.h) as far as whole pairs of registers go. Sums are those of a W of
+// floats that was rounded.
 
 #include "few_pixels.h"
 
@@ -45,7 +46,10 @@ using vector_t = register_t<C, 32>;
 
 // ---- inner loops, compiled per instruction set
 
-// Registers of weights that are loaded together: of bfloat16 two, which are whole.
+// Whether weights lie in the order in which they are read.
+template <typename W>
+constexpr bool kInOrder = std::is_same_v<W, BFloat16>;
+// Registers of weights that are loaded together.
 template <typename W>
 constexpr int kTogether = std::is_same_v<W, BFloat16> ? 2 : 1;
 
@@ -69,17 +73,17 @@ FASTGAN_INLINE void dot_tile(const W* __restrict__ w, int64_t w_stride, const C*
   V acc[R][P] = {};
   int64_t i = 0;
   for (; i + kVectors * kLanes<V> <= n; i += kVectors * kLanes<V>) {
-    V a[R][kVectors], b[P][kVectors];
-    FASTGAN_UNROLL
-    for (int r = 0; r < R; ++r) load_weights(w + r * w_stride + i, a[r]);
+    V b[P][kVectors];
     FASTGAN_UNROLL
     for (int p = 0; p < P; ++p) load_weights(x + p * n + i, b[p]);
     FASTGAN_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
+    for (int r = 0; r < R; ++r) {
+      V a[kVectors];
+      load_weights(w + r * w_stride + i, a);
       FASTGAN_UNROLL
-      for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
         FASTGAN_UNROLL
-        for (int p = 0; p < P; ++p) acc[r][p] += a[r][v] * b[p][v];
+        for (int p = 0; p < P; ++p) acc[r][p] += a[v] * b[p][v];
       }
     }
   }
@@ -105,20 +109,21 @@ FASTGAN_INLINE void dot_rows(const W* w, int64_t w_stride, const C* x, int64_t p
 }
 
 // sums[r, p] = <w[r, :], x[p, :]>; w [rows, columns] and sums are contiguous, x is one [pixels, n] after the other for
-// each block of n = `block` columns (the last may be narrower).
+// each block of n = `block` columns (the last may be narrower), and so is a w in bfloat16, of [rows, n].
 template <typename W, typename C>
 FASTGAN_INLINE void dot_all(const W* w, int64_t rows, const C* x, int64_t pixels, int64_t columns, int64_t block,
                             C* sums) {
   std::fill_n(sums, rows * pixels, C(0));
   for (int64_t start = 0; start < columns; start += block) {
     const int64_t n = std::min(block, columns - start);
-    const W* const rows_of_w = w + start;
+    const int64_t stride = kInOrder<W> ? n : columns;
+    const W* const rows_of_w = w + start * (kInOrder<W> ? rows : 1);
     const C* const pixels_of_x = x + start * pixels;
     int64_t r = 0;
     for (; r + kDotRows <= rows; r += kDotRows) {
-      dot_rows<kDotRows>(rows_of_w + r * columns, columns, pixels_of_x, pixels, n, sums + r * pixels);
+      dot_rows<kDotRows>(rows_of_w + r * stride, stride, pixels_of_x, pixels, n, sums + r * pixels);
     }
-    for (; r < rows; ++r) dot_rows<1>(rows_of_w + r * columns, columns, pixels_of_x, pixels, n, sums + r * pixels);
+    for (; r < rows; ++r) dot_rows<1>(rows_of_w + r * stride, stride, pixels_of_x, pixels, n, sums + r * pixels);
   }
 }
 FASTGAN_MULTIVERSION void dot_task(const float* w, int64_t rows, const float* x, int64_t pixels, int64_t columns,
@@ -344,25 +349,35 @@ void convolve_transposed(const Image<const C>& x, const Tensor& weight, const W*
     const auto products = std::make_unique_for_overwrite<C[]>(pixels * channels * taps);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * channels, count = std::min(channels, y.c - first);
-      axpy_task(w + first * taps, columns, packed.get(), pixels, x.c, count * taps, products.get());
+      const int64_t stride = kInOrder<W> ? count * taps : columns;
+      axpy_task(w + first * taps * (kInOrder<W> ? x.c : 1), stride, packed.get(), pixels, x.c, count * taps,
+                products.get());
       add_products(products.get(), x, first, count, kernel_h, kernel_w, bias, y, g);
     }
   });
 }
 
-// The bfloat16 copy of a weight, as a matrix whose rows belong to the weight's first axis.
-LargeBuffer narrowed(const Tensor& weight) {
+// A row of one block, n values from `from` on, as it lies in the copy.
+void narrow_row(const float* from, int64_t n, BFloat16* to) {
   constexpr int64_t kWidth = kLanes<vector_t<float>>;
-  const int64_t rows = weight.size(0), columns = weight.size(1) * weight.size(2) * weight.size(3);
-  const int64_t in_pairs = columns / (2 * kWidth) * 2 * kWidth;
+  const int64_t in_pairs = n / (2 * kWidth) * 2 * kWidth;
+  for (int64_t i = 0; i < n; ++i) to[i < in_pairs ? paired(i, kWidth) : i] = BFloat16(from[i]);
+}
+
+// The bfloat16 copy of W, [C_out, C_in kH kW] or transposed [C_in, C_out kH kW].
+LargeBuffer narrowed(const Tensor& weight, bool transposed) {
+  const int64_t taps = weight.size(2) * weight.size(3), rows = weight.size(0), columns = weight.size(1) * taps;
+  const int64_t task_rows = transposed ? rows : kTaskRows;
+  const int64_t block = channels_per_block(transposed ? kAxpyColumns : kDotColumns, taps) * taps;
   const float* const from = weight.const_data_ptr<float>();
   LargeBuffer copy = bf16_buffer(rows * columns);
-  BFloat16* const to = bf16_of(copy);
-  torch::stable::parallel_for(0, rows, kGrainElements / columns + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t i = 0; i < columns; ++i) {
-        to[row * columns + (i < in_pairs ? paired(i, kWidth) : i)] = BFloat16(from[row * columns + i]);
-      }
+  const int64_t blocks = ceil_div(columns, block);
+  torch::stable::parallel_for(0, ceil_div(rows, task_rows) * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / blocks * task_rows, count = std::min(task_rows, rows - row);
+      const int64_t start = task % blocks * block, n = std::min(block, columns - start);
+      BFloat16* const to = bf16_of(copy) + row * columns + start * count;
+      for (int64_t r = 0; r < count; ++r) narrow_row(from + (row + r) * columns + start, n, to + r * n);
     }
   });
   return copy;
@@ -407,8 +422,9 @@ Tensor convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::opt
     run(weight.const_data_ptr<float>(), float());
   } else {
     // Of Winograd's keys none is as short.
-    const auto kept = made_of(weight.const_data_ptr<float>(), weight.numel(), {weight.size(0), weight.size(1)},
-                              [&] { return narrowed(weight); });
+    const auto kept =
+        made_of(weight.const_data_ptr<float>(), weight.numel(), {g.transposed, weight.size(0), weight.size(1)},
+                [&] { return narrowed(weight, g.transposed); });
     run(bf16_of(*kept), float());
   }
   return y;

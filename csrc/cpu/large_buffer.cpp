@@ -26,11 +26,12 @@ Waiting& waiting() {
 
 }  // namespace
 
-LargeBuffer::LargeBuffer(int64_t count) {
+LargeBuffer::LargeBuffer(int64_t count, bool lasting) {
   constexpr size_t kPage = size_t{2} << 20, kLine = 64;
   bytes_ = static_cast<size_t>(count) * sizeof(float);
-  const size_t alignment = bytes_ >= kLargeBytes ? kPage : kLine;
-  if (!kExact) bytes_ = (bytes_ + alignment - 1) / alignment * alignment;
+  const size_t least = lasting ? kLargeLastingBytes : kLargeBytes, alignment = bytes_ >= least ? kPage : kLine;
+  const size_t unit = bytes_ >= kLargeBytes ? kPage : kLine;
+  if (!kExact) bytes_ = (bytes_ + unit - 1) / unit * unit;
   if (bytes_ >= kLargeBytes && !kExact) {
     const std::lock_guard lock(waiting().mutex);
     // Not one twice as large as wanted: what is kept would be the larger for it.
@@ -43,7 +44,7 @@ LargeBuffer::LargeBuffer(int64_t count) {
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, bytes_) != 0) throw std::bad_alloc();
   data_ = static_cast<float*>(memory);
-  advise_large_pages(data_, bytes_);
+  advise_large_pages(data_, bytes_, least);
 }
 
 LargeBuffer::~LargeBuffer() {

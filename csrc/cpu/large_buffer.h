@@ -17,14 +17,17 @@ namespace fastgan {
 // From here on, malloc fetches all memory anew from the system, and a page fault per 4 KB costs more than the work that
 // fills it; in pages of 2 MB it costs a tenth. Less is kept by malloc and has its pages already.
 constexpr size_t kLargeBytes = size_t{32} << 20;
+// Of what is made once and read in every call, less is worth large pages: reading them in order, a processor looks
+// ahead to the end of a page.
+constexpr size_t kLargeLastingBytes = size_t{2} << 20;
 
-// Asks for large pages from `from` on: advice, where it is refused small pages serve. Nothing for less than
-// kLargeBytes.
-inline void advise_large_pages(void* from, size_t bytes) {
+// Asks for large pages from `from` on: advice, where it is refused small pages serve. Nothing for less than `least`
+// bytes.
+inline void advise_large_pages(void* from, size_t bytes, size_t least = kLargeBytes) {
 #if defined(__linux__)
   constexpr uintptr_t kSmall = 4096;
   const uintptr_t address = reinterpret_cast<uintptr_t>(from), begin = (address + kSmall - 1) / kSmall * kSmall;
-  if (bytes >= kLargeBytes) madvise(reinterpret_cast<void*>(begin), bytes - (begin - address), MADV_HUGEPAGE);
+  if (bytes >= least) madvise(reinterpret_cast<void*>(begin), bytes - (begin - address), MADV_HUGEPAGE);
 #endif
 }
 
@@ -44,7 +47,8 @@ inline bool give_back_pages(void* from, size_t bytes) {
 class LargeBuffer {
  public:
   LargeBuffer() = default;
-  explicit LargeBuffer(int64_t count);
+  // `lasting`: to be read for long.
+  explicit LargeBuffer(int64_t count, bool lasting = false);
   ~LargeBuffer();
   LargeBuffer(LargeBuffer&& other) noexcept { swap(other); }
   LargeBuffer& operator=(LargeBuffer&& other) noexcept {

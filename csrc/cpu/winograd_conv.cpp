@@ -98,7 +98,7 @@ LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometr
   const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
   const int64_t slabs = ceil_div(conv_.c_out, slab_), groups = slab_ / kGroup;
   const int64_t values_in_all = ceil_div(slabs, together_) * plan_.weights * size_;
-  LargeBuffer result = storage_ == Storage::kFloat ? LargeBuffer(values_in_all) : bf16_buffer(values_in_all);
+  LargeBuffer result = storage_ == Storage::kFloat ? LargeBuffer(values_in_all, true) : bf16_buffer(values_in_all);
   constexpr int64_t kChannels = 16;
   const std::vector<float> ones(kGroup, 1.0f);
   torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {

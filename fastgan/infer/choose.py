@@ -16,8 +16,8 @@ from fastgan.infer.nodes import shape_of, storage_of
 from fastgan.infer.plan import Choice, Chooser
 from fastgan.ops import _into
 
-# The algorithms that can store what they make of a weight in bfloat16.
-_NARROW = ("few_pixels", "winograd")
+# Values of a weight for whose transform it is worth to be rounded once more: fewer stay in the caches (measured).
+_MANY = 1 << 18
 # Calls that each candidate is timed by, after one that prepares its weight.
 _ROUNDS = 7
 
@@ -27,8 +27,19 @@ def candidates(node: fx.Node, precision: str) -> list[Choice]:
     k = node.kwargs
     x, weight = torch.empty(shape_of(k["x"]), dtype=torch.float32), constant_of(k["weight"])
     found = _into.convolution_candidates(x, weight, *(k[name] for name in nodes.GEOMETRY), precision)
-    storage = storage_of(node)
-    return [Choice(*one, storage=storage if one[0] in _NARROW else "fp32") for one in found]
+    choices = [Choice(*one) for one in found]
+    for choice in choices:
+        choice.storage = _storage(choice, storage_of(node), weight.numel())
+    return choices
+
+
+def _storage(choice: Choice, of_weight: str, values: int) -> str:
+    """How what an algorithm makes of a weight is stored. Not Winograd's tiles of 4: what is transformed back amplifies
+    their weights' rounding, which takes 10 dB of a CycleGAN's picture (tiles of 2 and 3: 4 dB of a U-Net's)."""
+    narrow = choice.algorithm == "few_pixels" or (
+        choice.algorithm == "winograd" and choice.tile < 4 and values >= _MANY
+    )
+    return of_weight if narrow else "fp32"
 
 
 def by_cost(precision: str) -> Chooser:
