@@ -15,6 +15,7 @@ from fastgan import _native, infer
 from fastgan.infer.narrow import LEAST_DB
 from fastgan.infer.verify import psnr
 from fastgan.ops import _into
+from tests.helpers import max_error
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -77,8 +78,8 @@ FEW_PIXELS = [
 def test_few_pixels_sums_what_it_would_of_rounded_weights(shape: Any, options: dict[str, Any]) -> None:
     x, weight = layer(*shape, transposed=options.get("transposed", False))
     narrow = convolve(x, weight, "few_pixels", 0, "bf16", **options)
-    assert torch.equal(narrow, convolve(x, rounded(weight), "few_pixels", 0, "fp32", **options))
-    assert not torch.equal(narrow, convolve(x, weight, "few_pixels", 0, "fp32", **options))
+    assert max_error(narrow, convolve(x, rounded(weight), "few_pixels", 0, "fp32", **options)) < 1e-6
+    assert max_error(narrow, convolve(x, weight, "few_pixels", 0, "fp32", **options)) > 1e-4
 
 
 WINOGRAD = [
@@ -108,20 +109,21 @@ def test_winograd_multiplies_with_rounded_transforms(shape: Any, tile: int, opti
     assert 1e-4 < error("bf16") < (2e-2 if tile == 4 else 4e-3)
 
 
-@pytest.mark.parametrize(("shape", "tile", "options"), WINOGRAD)
+# Without the tiles of 4, whose transform divides by 3 and 5.
+@pytest.mark.parametrize(("shape", "tile", "options"), [case for case in WINOGRAD if case.values[1] < 4])
 def test_winograd_of_transforms_that_bfloat16_has(shape: Any, tile: int, options: dict[str, Any]) -> None:
-    """Weights that are small integers stay exact in the tiles of 2 and 3: both storages then compute the same bits."""
-    if tile == 4:
-        pytest.skip("its transform divides by 3 and 5")
+    """Weights that are signs stay exact: both storages then compute the same bits."""
     x, weight = layer(*shape, transposed=options.get("transposed", False))
     weight = weight.sign()
     narrow = convolve(x, weight, "winograd", tile, "bf16", **options)
     assert torch.equal(narrow, convolve(x, weight, "winograd", tile, "fp32", **options))
 
 
-@pytest.mark.parametrize("algorithm", ["unfolded_conv", "direct_conv", "torch"])
-def test_other_algorithms_read_the_weight_as_it_is(algorithm: str) -> None:
-    x, weight = layer(1, 64, 64, (16, 16), 3)
+@pytest.mark.parametrize(
+    ("algorithm", "c_out", "side"), [("unfolded_conv", 64, 8), ("direct_conv", 3, 16), ("torch", 8, 16)]
+)
+def test_other_algorithms_read_the_weight_as_it_is(algorithm: str, c_out: int, side: int) -> None:
+    x, weight = layer(1, 64, c_out, (side, side), 3)
     got = convolve(x, weight, algorithm, 0, "bf16", padding=1)
     assert torch.equal(got, convolve(x, weight, algorithm, 0, "fp32", padding=1))
 
@@ -132,7 +134,7 @@ def test_storage_that_there_is_not() -> None:
         convolve(x, weight, "few_pixels", 0, "fp16")
 
 
-@pytest.mark.parametrize("algorithm, tile", [("few_pixels", 0), ("winograd", 2)])
+@pytest.mark.parametrize(("algorithm", "tile"), [("few_pixels", 0), ("winograd", 2)])
 def test_both_storages_of_one_weight_are_kept_apart_and_outlive_its_values(algorithm: str, tile: int) -> None:
     library = _native.cpu_library()
     x, weight = layer(1, 128, 128, (4, 4), 3)
@@ -205,7 +207,7 @@ def test_file_is_half_the_size_and_computes_the_same(
     assert again.precision == "bf16"
     assert again.report() == fast.report()
     again.save(tmp_path / "again")
-    assert (tmp_path / "again").stat().st_size == sizes["bf16"]
+    assert (tmp_path / "again").stat().st_size == pytest.approx(sizes["bf16"], rel=1e-3)
 
 
 def test_memory_with_and_without_the_values(unet: tuple[UNet256, Tensor]) -> None:
@@ -214,7 +216,7 @@ def test_memory_with_and_without_the_values(unet: tuple[UNet256, Tensor]) -> Non
     picture, before = narrow(photo), narrow.memory()
     # The layers of few pixels add half of their weights, where in float32 nothing is made of them.
     few = sum(
-        2 * step.args[1].index * 0 + narrow.program.constants[step.args[1].index].numel() * 2
+        2 * narrow.program.constants[step.args[1].index].numel()
         for step in narrow.program.steps
         if step.choice is not None and step.choice.algorithm == "few_pixels"
     )
@@ -256,10 +258,10 @@ class Fragile(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 64, 3, padding=1)
-        self.plus, self.minus = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
-        self.last = nn.Conv2d(64, 3, 3, padding=1)
+        self.plus, self.minus = (nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(2))
+        self.last = nn.Conv2d(64, 3, 3, padding=1, bias=False)
         with torch.no_grad():
-            self.minus.weight.copy_(self.plus.weight + 1e-3 * torch.randn_like(self.plus.weight))
+            self.minus.weight.copy_(self.plus.weight + 2e-4 * torch.randn_like(self.plus.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.first(x))

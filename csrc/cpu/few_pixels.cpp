@@ -8,8 +8,8 @@
 // NaN stays in its sample.
 //
 // W in bfloat16 is a copy that lies in the order in which it is read: task by task, within one block by block of
-// columns, row by row; each row pairwise (bf16.h) as far as whole pairs of registers go. Sums are those of a W of
-// floats that was rounded.
+// columns, within one group by group of the rows that are read together, and of those 16 columns at a time, pairwise
+// (bf16.h); then the columns that are left, row by row. Sums are those of a W of floats that was rounded.
 
 #include "few_pixels.h"
 
@@ -46,6 +46,8 @@ using vector_t = register_t<C, 32>;
 
 // ---- inner loops, compiled per instruction set
 
+// Columns of a W in bfloat16 that are read at a time.
+constexpr int64_t kPair = 2 * kLanes<vector_t<float>>;
 // Whether weights lie in the order in which they are read.
 template <typename W>
 constexpr bool kInOrder = std::is_same_v<W, BFloat16>;
@@ -79,7 +81,7 @@ FASTGAN_INLINE void dot_tile(const W* __restrict__ w, int64_t w_stride, const C*
     FASTGAN_UNROLL
     for (int r = 0; r < R; ++r) {
       V a[kVectors];
-      load_weights(w + r * w_stride + i, a);
+      load_weights(w + (kInOrder<W> ? i * R + r * kPair : r * w_stride + i), a);
       FASTGAN_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         FASTGAN_UNROLL
@@ -92,7 +94,8 @@ FASTGAN_INLINE void dot_tile(const W* __restrict__ w, int64_t w_stride, const C*
     FASTGAN_UNROLL
     for (int p = 0; p < P; ++p) {
       C total = 0;
-      for (int64_t j = i; j < n; ++j) total += static_cast<C>(w[r * w_stride + j]) * x[p * n + j];
+      const W* const rest = kInOrder<W> ? w + i * R + r * (n - i) : w + r * w_stride + i;
+      for (int64_t j = i; j < n; ++j) total += static_cast<C>(rest[j - i]) * x[p * n + j];
       for (int lane = 0; lane < kLanes<V>; ++lane) total += acc[r][p][lane];
       sums[r * sums_stride + p] += total;
     }
@@ -192,18 +195,23 @@ FASTGAN_INLINE void axpy_all(const W* w, int64_t w_stride, const C* x, int64_t p
   std::fill_n(sums, (n + kStep - 1) / kStep * kStep * pixels, C(0));
   for (int64_t c = 0; c < channels; c += kAxpyChannels) {
     const int64_t block = std::min(kAxpyChannels, channels - c), next = std::min(kAxpyChannels, channels - c - block);
-    const W* const rows = w + c * w_stride;
+    const W* const rows = w + c * (kInOrder<W> ? n : w_stride);
     const C* const values = x + c * pixels;
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
-      // The hardware follows a row only to the end of its page, where its columns of this task end.
-      for (int64_t ahead = 0; ahead < next; ++ahead) {
-        __builtin_prefetch(rows + (kAxpyChannels + ahead) * w_stride + i, 0, 2);
+      if constexpr (kInOrder<W>) {
+        axpy_pixels<kAxpyVectors, vector_t<C>>(rows + i * block, kPair, values, pixels, block, sums + i * pixels);
+      } else {
+        // The hardware follows a row only to the end of its page, where its columns of this task end.
+        for (int64_t ahead = 0; ahead < next; ++ahead) {
+          __builtin_prefetch(rows + (kAxpyChannels + ahead) * w_stride + i, 0, 2);
+        }
+        axpy_pixels<kAxpyVectors, vector_t<C>>(rows + i, w_stride, values, pixels, block, sums + i * pixels);
       }
-      axpy_pixels<kAxpyVectors, vector_t<C>>(rows + i, w_stride, values, pixels, block, sums + i * pixels);
     }
+    const W* const rest = rows + (kInOrder<W> ? i * block : i);
     for (int64_t j = 0; i + j < n; ++j) {
-      axpy_pixels<1, C>(rows + i + j, w_stride, values, pixels, block, sums + i * pixels + j);
+      axpy_pixels<1, C>(rest + j, kInOrder<W> ? n - i : w_stride, values, pixels, block, sums + i * pixels + j);
     }
   }
 }
@@ -349,19 +357,22 @@ void convolve_transposed(const Image<const C>& x, const Tensor& weight, const W*
     const auto products = std::make_unique_for_overwrite<C[]>(pixels * channels * taps);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * channels, count = std::min(channels, y.c - first);
-      const int64_t stride = kInOrder<W> ? count * taps : columns;
-      axpy_task(w + first * taps * (kInOrder<W> ? x.c : 1), stride, packed.get(), pixels, x.c, count * taps,
+      axpy_task(w + first * taps * (kInOrder<W> ? x.c : 1), columns, packed.get(), pixels, x.c, count * taps,
                 products.get());
       add_products(products.get(), x, first, count, kernel_h, kernel_w, bias, y, g);
     }
   });
 }
 
-// A row of one block, n values from `from` on, as it lies in the copy.
-void narrow_row(const float* from, int64_t n, BFloat16* to) {
-  constexpr int64_t kWidth = kLanes<vector_t<float>>;
-  const int64_t in_pairs = n / (2 * kWidth) * 2 * kWidth;
-  for (int64_t i = 0; i < n; ++i) to[i < in_pairs ? paired(i, kWidth) : i] = BFloat16(from[i]);
+// A group of rows of one block, `columns` apart, n columns from `from` on, as it lies in the copy.
+void narrow_group(const float* from, int64_t rows, int64_t columns, int64_t n, BFloat16* to) {
+  const int64_t in_pairs = n / kPair * kPair;
+  for (int64_t r = 0; r < rows; ++r, from += columns) {
+    for (int64_t i = 0; i < in_pairs; ++i) {
+      to[i / kPair * kPair * rows + r * kPair + paired(i % kPair, kPair / 2)] = BFloat16(from[i]);
+    }
+    for (int64_t i = in_pairs; i < n; ++i) to[in_pairs * rows + r * (n - in_pairs) + i - in_pairs] = BFloat16(from[i]);
+  }
 }
 
 // The bfloat16 copy of W, [C_out, C_in kH kW] or transposed [C_in, C_out kH kW].
@@ -377,7 +388,10 @@ LargeBuffer narrowed(const Tensor& weight, bool transposed) {
       const int64_t row = task / blocks * task_rows, count = std::min(task_rows, rows - row);
       const int64_t start = task % blocks * block, n = std::min(block, columns - start);
       BFloat16* const to = bf16_of(copy) + row * columns + start * count;
-      for (int64_t r = 0; r < count; ++r) narrow_row(from + (row + r) * columns + start, n, to + r * n);
+      for (int64_t r = 0, group; r < count; r += group) {
+        group = transposed ? std::min(kAxpyChannels, count - r) : count - r < kDotRows ? 1 : kDotRows;
+        narrow_group(from + (row + r) * columns + start, group, columns, n, to + r * n);
+      }
     }
   });
   return copy;

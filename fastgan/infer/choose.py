@@ -17,7 +17,7 @@ from fastgan.infer.plan import Choice, Chooser
 from fastgan.ops import _into
 
 # Values of a weight for whose transform it is worth to be rounded once more: fewer stay in the caches (measured).
-_MANY = 1 << 18
+_MANY = 1 << 19
 # Calls that each candidate is timed by, after one that prepares its weight.
 _ROUNDS = 7
 
