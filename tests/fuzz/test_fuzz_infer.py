@@ -21,4 +21,8 @@ def test_small(case: GeneratorCase) -> None:
 def test_large(case: GeneratorCase) -> None:
     check_generator(case)
 
-STRATEGIES={'small':generators(SIDES, st.integers(1, 6)),'large':generators(st.sampled_from([4, 8, 13, 20, 33]), st.sampled_from([3, 16, 64, 67, 96, 128]), most=LARGE)}
+
+STRATEGIES = {
+    "small": generators(SIDES, st.integers(1, 6)),
+    "large": generators(st.sampled_from([4, 8, 13, 20, 33]), st.sampled_from([3, 16, 64, 67, 96, 128]), most=LARGE),
+}
