@@ -96,10 +96,10 @@ def test_a_model_in_training_stays_in_training() -> None:
     hold(result, model, image(seed=1))
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 9, 11), (3,), (1, 3, 0, 0)])
+@pytest.mark.parametrize("shape", [(1, 4, 9, 11), (3,), (1, 3)])
 def test_example_of_a_wrong_size(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="infer.optimize: model must be one graph"):
-        infer.optimize(Generator(nn.Linear(11, 2)), (torch.zeros(shape),))
+    with pytest.raises(ValueError, match=r"infer\.optimize: model must be one graph .* for these arguments"):
+        infer.optimize(Generator(), (torch.zeros(shape),))
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def test_weights_that_are_not_finite(name: str, bad: str) -> None:
 
 
 def test_arguments_of_other_types() -> None:
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn.Module, got function"):
         infer.optimize(image, (image(),))
     with pytest.raises(TypeError, match="example_args must be a tuple, got Tensor"):
         infer.optimize(Generator(), image())
-    with pytest.raises(ValueError, match="precision must be one of .*, got 'half'"):
+    with pytest.raises(ValueError, match=r"precision must be one of .*, got 'half'"):
         infer.optimize(Generator(), (image(),), precision="half")
 
 
