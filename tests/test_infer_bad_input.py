@@ -239,6 +239,18 @@ def test_optional_tensors_and_values() -> None:
         without(x, style)
 
 
+@pytest.mark.parametrize("act", [F.relu, F.silu, F.instance_norm, lambda x: x.clamp(-1, 1)])
+def test_pixels_that_are_not_finite(act: Callable[..., Tensor]) -> None:
+    """Not hidden: they come out where torch has them."""
+    model, x = Generator(act).eval(), image()
+    result = infer.optimize(model, (x,))
+    x[0, 1, 2, 3], x[0, 0, 7, 8] = float("nan"), float("inf")
+    with torch.no_grad():
+        expected = model(x)
+    assert expected.isnan().any()
+    torch.testing.assert_close(result(x), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Modes of the caller
 
