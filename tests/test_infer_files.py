@@ -1,4 +1,4 @@
-"""Saving an optimised generator, loading it without the code that made it, and every way in which a file can be wrong."""
+"""Saving an optimised generator, loading it without the code that made it, all ways in which a file can be wrong."""
 
 from __future__ import annotations
 

@@ -162,7 +162,6 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FastGenerat
     """
     captured, choices, facts = files.read(Path(path))
     precision, device = facts["precision"], torch.device(device)
-    captured.module.to(device)
     by_model = by_cost(arithmetic_of(precision))
     fast = FastGenerator(captured, precision, lambda node: choices.get(node) or by_model(node), device)
     for name in ("differences", "psnr", "kept"):
@@ -179,12 +178,12 @@ def arithmetic_of(precision: str) -> str:
 
 
 def simplify(module: fx.GraphModule, precision: str) -> None:
-    """All passes over a captured graph."""
+    """All passes over a captured graph; its constants are on the CPU then."""
     fold_constants(module)
+    module.to("cpu")
     use_energies(module)
     lower(module)
     fuse(module)
-    fold_constants(module)
     fold_factors(module)
     fuse_dense_blocks(module, precision)
     fold_upsampling(module)
@@ -235,7 +234,7 @@ class FastGenerator(nn.Module):
         arguments = captured.in_spec.child(0)
         plain = captured.in_spec.num_leaves == arguments.num_children and all(c.is_leaf() for c in arguments.children())
         self._only_tensors = arguments.num_children if plain and all(leaf is None for leaf in captured.leaves) else None
-        self._device, module, arithmetic = device, captured.module, arithmetic_of(precision)
+        self._device, module, arithmetic = device, captured.module.to(device), arithmetic_of(precision)
         planned = device.type == "cpu" and _native.cpu_library() is not None
         self._weights = FrozenWeights(module if planned else None)
         self.program = program = make_program(module, choose if planned else lambda node: None, arithmetic)

@@ -114,7 +114,8 @@ def _safetensors() -> Any:
 
 def _machine() -> list[Any]:
     """What choices of algorithms depend on."""
-    return [_native.simd_level(), torch.get_num_threads()]
+    level = None if _native.cpu_library() is None else _native.simd_level()
+    return [level, torch.get_num_threads()]
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

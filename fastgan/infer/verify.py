@@ -93,7 +93,8 @@ def _moments(value: Tensor) -> tuple[float, float]:
 
 
 def _noise(shape: Sequence[int], dtype: torch.dtype, mean: float, deviation: float) -> Tensor:
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (noise * deviation + mean).to(dtype)
 
 
