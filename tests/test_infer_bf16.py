@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bench.generators import ResNet9, UNet256, randomize
 from fastgan import _native, infer
+from fastgan.infer import engine
 from fastgan.infer.narrow import LEAST_DB
 from fastgan.infer.verify import psnr
 from fastgan.ops import _into
@@ -231,11 +232,13 @@ def test_memory_with_and_without_the_values(unet: tuple[UNet256, Tensor]) -> Non
     assert after.total - after.activations < 0.8 * (wide.memory().total - wide.memory().activations)
 
 
-def test_tuning_and_the_cost_model_store_the_same(unet: tuple[UNet256, Tensor]) -> None:
+def test_tuning_rounds_the_same_weights_and_leaves_nothing_behind(unet: tuple[UNet256, Tensor], tmp_path: Path) -> None:
     """Weights are rounded in the graph: choices of algorithms leave the picture as good as it was."""
     model, photo = unet
     tuned = infer.optimize(model, (photo,), precision="bf16", tune=True)
     assert min(tuned.psnr.values()) >= LEAST_DB
+    tuned.save(tmp_path / "tuned")
+    assert tuned.memory().prepared == infer.load(tmp_path / "tuned").memory().prepared
     plain_weights = [n.target for n in tuned._captured.module.graph.nodes if n.meta.get("storage") == "bf16"]
     assert plain_weights
     for name in plain_weights:
@@ -302,3 +305,17 @@ def test_a_model_that_no_layer_of_can_be_rounded_is_computed_in_float32() -> Non
     assert storages(fast) == {"fp32"}
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_a_wrong_pass_does_not_hide_behind_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousandth too much is less than rounding may do to the picture, and is found all the same."""
+    simplify = engine.simplify
+
+    def wrong(module: fx.GraphModule, precision: str) -> None:
+        simplify(module, precision)
+        name = next(n.target for n in module.graph.nodes if n.op == "get_attr" and getattr(module, n.target).ndim == 4)
+        setattr(module, name, getattr(module, name) * 1.001)
+
+    monkeypatch.setattr(engine, "simplify", wrong)
+    with pytest.raises(infer.Mismatch, match="expected at most 1e-04"):
+        infer.optimize(nn.Conv2d(3, 8, 3).eval(), (torch.randn(1, 3, 8, 8),), precision="bf16")

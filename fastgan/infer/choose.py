@@ -14,6 +14,7 @@ from fastgan.infer import nodes
 from fastgan.infer.capture import constant_of
 from fastgan.infer.nodes import shape_of, storage_of
 from fastgan.infer.plan import Choice, Chooser
+from fastgan.infer.weights import frozen
 from fastgan.ops import _into
 
 # Values of a weight for whose transform it is worth to be rounded once more: fewer stay in the caches (measured).
@@ -72,12 +73,11 @@ def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
     """The candidates with their times, the fastest first."""
     k = node.kwargs
     x, out = torch.randn(shape_of(k["x"]), dtype=torch.float32), torch.empty(shape_of(node), dtype=torch.float32)
-    weight = constant_of(k["weight"])
     scales = {name: None if k.get(name) is None else _like(k[name]) for name in ("in_scale", "out_scale")}
     geometry = tuple(k[name] for name in nodes.GEOMETRY)
     nothing = (None, None, None, None)
 
-    def call(choice: Choice) -> float:
+    def call(choice: Choice, weight: Tensor) -> float:
         start = time.perf_counter()
         _into.scaled_conv2d_into(
             *(x, weight, scales["in_scale"], scales["out_scale"], *nothing, *geometry),
@@ -85,9 +85,11 @@ def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
         )
         return 1e3 * (time.perf_counter() - start)
 
-    for choice in found:
-        call(choice)
-    times = [[call(choice) for choice in found] for _ in range(_ROUNDS)]
+    # What those that are not taken make of the weight must not stay.
+    with frozen(constant_of(k["weight"])) as weight:
+        for choice in found:
+            call(choice, weight)
+        times = [[call(choice, weight) for choice in found] for _ in range(_ROUNDS)]
     for choice, of_choice in zip(found, zip(*times, strict=True), strict=True):
         choice.measured_ms = median(of_choice)
     return sorted(found, key=lambda choice: choice.measured_ms)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fastgan import _native
@@ -74,6 +76,17 @@ class FrozenWeights:
                 kept.append(tensor)
         self._droppable = kept
         return self.dropped
+
+
+@contextmanager
+def frozen(weight: Tensor) -> Iterator[Tensor]:
+    """A copy of a weight, of which the kernels keep what they make as of an engine's, as long as the context lasts."""
+    library, copy = _native.cpu_library(), weight.clone(memory_format=torch.contiguous_format)
+    library.fastgan_freeze_weight(copy.data_ptr())
+    try:
+        yield copy
+    finally:
+        library.fastgan_forget_weight(copy.data_ptr())
 
 
 def _forget(library: Any, pointers: list[int]) -> None:
