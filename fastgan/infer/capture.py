@@ -113,9 +113,9 @@ _NEW_MEMORY = {
 
 
 def _replace_in_place(graph: fx.Graph) -> bool:
-    """Write activations and sums in place as what they compute, for all that reads their memory later; whether the graph
-    is functional then. What works in place on a view or on an input is left to torch, which takes four times as long
-    for the whole graph as this."""
+    """Make activations and sums in place ordinary ones, which all that reads their memory later reads; whether the
+    graph is functional then. What works in place on a view or on an input is left to torch, to which a whole graph is
+    four times as much work."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         schema = getattr(node.target, "_schema", None)
