@@ -342,3 +342,40 @@ def test_is_a_module_of_the_package() -> None:
     assert fastgan.infer is infer
     fast = infer.optimize(nn.Conv2d(3, 3, 1), (torch.randn(1, 3, 4, 4),))
     assert isinstance(fast, nn.Module) and not list(fast.parameters())
+
+
+class InPlace(nn.Module):
+    """What is written in place and read again later, through the tensor itself, a view of it, and in another dtype."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.way = nn.Conv2d(3, 4, 3, padding=1), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.way == "view before":
+            rows = y.flatten(2)
+            y.relu_()
+            return rows + 1
+        if self.way == "view after":
+            z = y.relu_()
+            return y[:, 1:] * 2 + z[:, :3]
+        if self.way == "part":
+            y[:, :2].mul_(3)
+            return y
+        if self.way == "wider":
+            y.mul_(torch.tensor([2.0], dtype=torch.float64))
+            return y
+        y.add_(x[:, :1]).clamp_(-0.5, 0.5)
+        return torch.cat([y, y.tanh_()], 1)
+
+
+@pytest.mark.parametrize("way", ["view before", "view after", "part", "wider", "chain"])
+def test_in_place(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = InPlace(way), torch.randn(1, 3, 8, 8)
+    fast = infer.optimize(model, (x,))
+    with torch.no_grad():
+        expected = model(x)
+    assert fast(x).dtype == expected.dtype
+    torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-6)

@@ -197,6 +197,13 @@ def _instance_norm(module: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> 
     return nodes.instance_norm, {"x": a["input"], "weight": a["weight"], "bias": a["bias"], "eps": a["eps"]}
 
 
+@_rule(aten.batch_norm.default)
+def _batch_norm(module: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> Lowered | str:
+    if a["training"] or a["running_mean"] is None:
+        return "its statistics are those of the batch"
+    return _fixed_norm(module, node, a)
+
+
 @_rule(aten._native_batch_norm_legit_no_training.default)
 def _fixed_norm(module: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> Lowered | str:
     """weight · (x − mean) / √(var + eps) + bias as one factor and one shift per channel, made in float64."""
