@@ -5,6 +5,7 @@
 #include "algorithm.h"
 #include "channel_patch.h"
 #include "conv_choice.h"
+#include "direct_conv.h"
 #include "kept_weights.h"
 #include "product.h"
 #include "winograd_conv.h"
@@ -73,7 +74,8 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   double least = rival_ms ? *rival_ms * kCostPerMs : direct_cost(conv);
   const bool tiny = least < kCallCost;
   if (!rival_ms) {
-    least += kTorchCallCost;
+    // What direct_conv serves has no such pass.
+    if (refused_by_direct_conv(x, weight, g)) least += kTorchCallCost;
     tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
   }
   if (tiny) {
