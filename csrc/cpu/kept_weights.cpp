@@ -118,7 +118,8 @@ __attribute__((visibility("default"))) void fastgan_keep_weight(const float* wei
 
 __attribute__((visibility("default"))) void fastgan_freeze_weight(const float* weight) {
   const std::lock_guard lock(fastgan::mutex);
-  fastgan::kept.try_emplace(weight).first->second.frozen = true;
+  // What was made of another weight that lay here is none of its.
+  if (fastgan::Kept& of_weight = fastgan::kept[weight]; !of_weight.frozen) of_weight = {.frozen = true};
 }
 
 // Gives the memory of a frozen weight's values back to the system, but for the pages at its ends, where something was
