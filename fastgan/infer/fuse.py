@@ -131,7 +131,7 @@ def _into_affine(
         if own_value is not None:
             total = total * own_value.double()
         kwargs["out_scale"] = add_constant(module, total.float(), before)
-    kwargs["bias"] = _sum_of_biases(module, bias, total_gain(first, factor), second["bias"], before)
+    kwargs["bias"] = _sum_of_biases(module, bias, _gain_of_shifts(first, factor), second["bias"], before)
     if kwargs["bias"] is _IMPOSSIBLE:
         return None
     return {name: value for name, value in kwargs.items() if value is not None}
@@ -140,7 +140,7 @@ def _into_affine(
 _IMPOSSIBLE = object()
 
 
-def total_gain(first: dict[str, Any], factor: torch.Tensor | None) -> torch.Tensor | float:
+def _gain_of_shifts(first: dict[str, Any], factor: torch.Tensor | None) -> torch.Tensor | float:
     """What the first epilogue's shifts are multiplied by."""
     return first["gain"] if factor is None else first["gain"] * factor[0].double()
 
