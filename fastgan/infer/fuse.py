@@ -22,13 +22,9 @@ def fuse(module: fx.GraphModule) -> None:
         changed = False
         for node in list(module.graph.nodes):
             for rule in _RULES:
-                if not _is_erased(node) and rule(module, node):
+                if not node._erased and rule(module, node):
                     changed = True
         eliminate_dead(module.graph)
-
-
-def _is_erased(node: fx.Node) -> bool:
-    return node._erased
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -39,8 +35,7 @@ def _fuse_epilogue(module: fx.GraphModule, node: fx.Node) -> bool:
     """A pointwise node goes into the one that makes its image, where nobody else reads that."""
     if not is_a(node, nodes.pointwise):
         return False
-    for x, second in _sides(node):
-        producer = x
+    for producer, second in _sides(node):
         if not isinstance(producer, fx.Node) or len(producer.users) != 1 or producer in second.values():
             continue
         merged = _after_norm(producer, second) or _merged(module, producer, second, node)
@@ -270,7 +265,6 @@ def _dense_layers(node: fx.Node) -> list[fx.Node] | None:
     settings = epilogue_of(node)
     if settings["residual"] is not x or settings["residual_gain"] != 1.0 or settings["act"] != "linear":
         return None
-    # bias · gain must not differ from gain · (c + bias): the op's last layer has its scale behind the bias, as here.
     for i, layer in enumerate(inner):
         if not _is_dense_convolution(layer) or epilogue_of(layer)["residual"] is not None:
             return None

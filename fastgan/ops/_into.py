@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 
 from fastgan import _native
+from fastgan.ops._library import LIBRARY
 
-_LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, bool transposed, int groups"
 _EPILOGUE = "str act, float alpha, float gain, float? clamp, float residual_gain"
 _SHIFTS = "Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual"
@@ -32,7 +32,7 @@ for schema in (
     " float residual_scale, str precision, Tensor(a!) out) -> ()",
     f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
 ):
-    _LIBRARY.define(schema)
+    LIBRARY.define(schema)
 
 _native.load()
 
