@@ -223,7 +223,9 @@ int Machine::barrier(unsigned id, unsigned count, bool predicate, const char* na
          std::to_string(barrier.arrived) + " threads wait at " + barrier.name + " [" + barrier.site.text() + "]");
   }
   barrier.sum += predicate;
-  barrier.members.push_back(thread.rank);
+  if (count) {
+    tell(thread, barrier.past);
+  }
   if (waits) {
     barrier.waiting.push_back(thread.rank);
   }
@@ -236,19 +238,20 @@ int Machine::barrier(unsigned id, unsigned count, bool predicate, const char* na
 }
 
 void Machine::finish_barrier(Barrier& barrier) {
-  if (barrier.members.size() == threads_.size()) {
+  if (barrier.waiting.size() == threads_.size()) {
     ++epoch_;
     for (Thread& thread : threads_) {
       ++thread.clock;
       known_.add(thread.known);
       thread.known = {};
     }
-  } else {
-    join(barrier.members, barrier.waiting);
   }
   for (const unsigned rank : barrier.waiting) {
     threads_[rank].state = Thread::State::kReady;
     threads_[rank].barrier_sum = barrier.sum;
+    if (!barrier.past.clocks.empty()) {
+      learn(threads_[rank], barrier.past);
+    }
   }
   barrier = Barrier{};
 }
@@ -257,26 +260,27 @@ bool Machine::ordered(const Thread& thread, unsigned other, uint32_t clock) cons
   return other == thread.rank || (joined_ && clocks_[thread.rank * threads_.size() + other] >= clock);
 }
 
-void Machine::join(const std::vector<unsigned>& before, const std::vector<unsigned>& after) {
+void Machine::tell(Thread& thread, Past& past) {
   const size_t count = threads_.size();
   if (!joined_) {
     clocks_.assign(count * count, 0);
     joined_ = true;
   }
-  std::vector<uint32_t> all(count, 0);
-  Known known;
-  for (const unsigned rank : before) {
-    const uint32_t* own = &clocks_[rank * count];
-    for (size_t i = 0; i < count; ++i) {
-      all[i] = std::max(all[i], own[i]);
-    }
-    all[rank] = std::max(all[rank], threads_[rank].clock++);
-    known.add(threads_[rank].known);
+  past.clocks.resize(count, 0);
+  const uint32_t* own = &clocks_[thread.rank * count];
+  for (size_t i = 0; i < count; ++i) {
+    past.clocks[i] = std::max(past.clocks[i], own[i]);
   }
-  for (const unsigned rank : after) {
-    std::copy(all.begin(), all.end(), clocks_.begin() + rank * count);
-    threads_[rank].known.add(known);
+  past.clocks[thread.rank] = thread.clock++;
+  past.known.add(thread.known);
+}
+
+void Machine::learn(Thread& thread, const Past& past) {
+  uint32_t* own = &clocks_[thread.rank * threads_.size()];
+  for (size_t i = 0; i < threads_.size(); ++i) {
+    own[i] = std::max(own[i], past.clocks[i]);
   }
+  thread.known.add(past.known);
 }
 
 void Machine::meet(const char* name, uint32_t mask, void* lane, void (*finish)(const WarpOperation&), Site site) {

@@ -34,12 +34,19 @@ struct WarpOperation {
   void* lane[kWarp] = {};
 };
 
+// What threads had done when they came to where others are told of it: per thread the clock up to which.
+struct Past {
+  std::vector<uint32_t> clocks;
+  Known known;
+};
+
 struct Barrier {
   const char* name = nullptr;
   unsigned expected = 0, arrived = 0;
   Site site;
-  std::vector<unsigned> members, waiting;  // ranks of all that have arrived, and of those that wait
+  std::vector<unsigned> waiting;  // ranks
   int sum = 0;                    // of the predicates that are not 0
+  Past past;                      // of a barrier of part of the block
 };
 
 struct AsyncCopy {
@@ -84,6 +91,8 @@ class Machine {
   Thread* current() const { return current_; }
   Thread& here(const char* what);
   const std::vector<Thread>& threads() const { return threads_; }
+  // A lane of the warp that runs.
+  Thread& warp_thread(unsigned lane) { return threads_[current_->warp * kWarp + lane]; }
   const StackPool& stacks() const { return stacks_; }
   uint32_t epoch() const { return epoch_; }
   uint32_t block_rank() const { return block_rank_; }
@@ -100,8 +109,9 @@ class Machine {
   int barrier(unsigned id, unsigned count, bool predicate, const char* name, bool waits, Site site);
   // Blocks until all lanes of `mask` are here with the same operation; the last one calls `finish` for all of them.
   void meet(const char* name, uint32_t mask, void* lane, void (*finish)(const WarpOperation&), Site site);
-  // Orders what the threads `before` did before what the threads `after` will do.
-  void join(const std::vector<unsigned>& before, const std::vector<unsigned>& after);
+  // Adds what a thread has done and knows to `past`; and tells a thread of it.
+  void tell(Thread& thread, Past& past);
+  void learn(Thread& thread, const Past& past);
   // __threadfence, and what an atomic operation at `address` passes on between the fences around it.
   void fence();
   void synchronise(uintptr_t address);

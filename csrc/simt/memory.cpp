@@ -318,7 +318,13 @@ void Memory::check(Thread& thread, Region& region, Cell& cell, uintptr_t address
         report(region, address, kind, code, read);
       }
     }
-    cell.write = touch(thread, kind, code);
+    Touch now = touch(thread, kind, code);
+    const Touch& last = cell.write;
+    if (last.kind == Access::kWrite && last.epoch == now.epoch && last.thread == now.thread && last.clock == now.clock) {
+      // An atomic operation behind a plain write of the same thread does not make the write atomic.
+      now.kind = Access::kWrite;
+    }
+    cell.write = now;
     return;
   }
   Touch now = touch(thread, kind, code);

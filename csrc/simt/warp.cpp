@@ -49,7 +49,7 @@ void finish_shuffle(const WarpOperation& operation) {
     const int source = source_lane(static_cast<int>(i), self);
     if (!(operation.mask >> source & 1)) {
       Machine& m = machine();
-      m.fail(m.threads()[m.current()->warp * kWarp + i],
+      m.fail(m.warp_thread(i),
              std::string(operation.name) + " [" + operation.site.text() + "] reads lane " + std::to_string(source) +
                  ", which its mask does not name");
     }
@@ -106,9 +106,9 @@ void finish_reduce(const WarpOperation& operation) {
 
 void finish_sync(const WarpOperation& operation) {
   Machine& m = machine();
-  std::vector<unsigned> ranks;
-  for_lanes(operation.mask, [&](unsigned i) { ranks.push_back(m.current()->warp * kWarp + i); });
-  m.join(ranks, ranks);
+  Past past;
+  for_lanes(operation.mask, [&](unsigned i) { m.tell(m.warp_thread(i), past); });
+  for_lanes(operation.mask, [&](unsigned i) { m.learn(m.warp_thread(i), past); });
 }
 
 }  // namespace

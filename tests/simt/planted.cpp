@@ -126,7 +126,7 @@ __global__ void misaligned_vector(const float* x, float* y) {
 
 template <bool kBug>
 __global__ void mask_without_own_lane(const float* x, float* y) {
-  y[threadIdx.x] = __shfl_down_sync(kBug ? 0x0000ffffu : kAll, x[threadIdx.x], 1);
+  y[threadIdx.x] = __shfl_down_sync(kBug ? kAll << 1 : kAll, x[threadIdx.x], 1);
 }
 
 template <bool kBug>

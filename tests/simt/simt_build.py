@@ -28,7 +28,7 @@ import pybind11
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KEPT = ROOT / "build" / "simt"
-# PyInit_... in binding.cpp; Python tells modules of one name apart by their files.
+# As in binding.cpp. Python looks for PyInit_ and the last part of a module's name; the parts before tell modules apart.
 MODULE = "simt_kernels"
 JOBS = 2
 
@@ -136,7 +136,7 @@ def build(source: Path, *, sanitize: bool = False) -> Path:
 
 def import_library(library: Path) -> ModuleType:
     """The Python module of a library that :func:`build` made."""
-    spec = importlib.util.spec_from_file_location(MODULE, library)
+    spec = importlib.util.spec_from_file_location(f"{library.stem}.{MODULE}", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

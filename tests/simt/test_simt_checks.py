@@ -14,8 +14,8 @@ SOURCE = Path(__file__).parent / "planted.cpp"
 # Kernel -> what the machine has to say of its planted bug.
 SAYS = {
     "missing_barrier": r"race: it writes shared memory `tile` at byte 0 .*no barrier lies between",
-    "missing_second_barrier": r"race: it writes shared memory `tile` .*of its block read \[planted.cpp:\d+\]",
-    "missing_warp_barrier": r"race: it reads shared memory `tile`",
+    "missing_second_barrier": r"race: it reads shared memory `tile` at byte 252 .*of its block wrote \[planted.cpp:",
+    "missing_warp_barrier": r"race: it writes shared memory `tile` .* which thread \(0,0,0\) of its block read",
     "shuffle_as_barrier": r"(race: it reads|reads uninitialised) shared memory `tile`",
     "shared_index": r"index 9 is out of bounds of a 'float \[9\]' \[planted.cpp:\d+\]",
     "shared_pointer": r"writes 4 bytes out of bounds: shared memory `tile`, 0 bytes past its end \(it has 256 bytes\)",
@@ -24,7 +24,7 @@ SAYS = {
     "global_overrun": r"thread \(63,0,0\): reads 4 bytes out of bounds: global memory `argument 0`, 0 bytes past its end",
     "write_to_input": r"writes what is only to be read: global memory `argument 0`",
     "misaligned_vector": r"misaligned access to a '.*float4': the address is 4 bytes past a multiple of 16",
-    "mask_without_own_lane": r"__shfl_down_sync \[planted.cpp:\d+\] with mask 0xffff, which lacks its own lane 16",
+    "mask_without_own_lane": r"__shfl_down_sync \[planted.cpp:\d+\] with mask 0xfffffffe, which lacks its own lane 0",
     "shuffle_from_unnamed_lane": r"__shfl_sync \[planted.cpp:\d+\] reads lane 20, which its mask does not name",
     "lane_missing": r"deadlock: .* at __shfl_xor_sync \[planted.cpp:\d+\], .* at __syncwarp",
     "exited_lane": r"exits while lanes of its warp wait for it at __ballot_sync",
@@ -32,7 +32,7 @@ SAYS = {
     "divergent_barrier": r"divergent barrier: it is at __syncthreads .*, 1 threads wait at __syncthreads",
     "barrier_of_too_many": r"deadlock: 32 threads .* at bar.sync \[planted.cpp:\d+\], 32 threads .* exited",
     "producer_and_consumer": r"(race: it reads|reads uninitialised) shared memory `tile`",
-    "copy_not_awaited": r"reads shared memory `tile` .* while cp.async of thread \(0,0,0\) .* is in flight",
+    "copy_not_awaited": r"reads shared memory `tile` .* while cp.async of thread \(15,0,0\) .* is in flight",
     "copy_without_barrier": r"shared memory `tile`",
     "misaligned_copy": r"misaligned cp.async of 16 bytes \[planted.cpp:\d+\]",
     "misaligned_matrix": r"misaligned row of ldmatrix: the address is 8 bytes past a multiple of 16",
