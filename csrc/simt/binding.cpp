@@ -15,8 +15,8 @@ std::vector<Exported>& exported() {
   return functions;
 }
 
-void add_buffer(const Array& array, size_t position, char kind, size_t item_bytes, bool writable) {
-  const std::string where = "simt: argument " + std::to_string(position);
+void add_buffer(const Array& array, const std::string& name, char kind, size_t item_bytes, bool writable) {
+  const std::string where = "simt: " + name;
   if (array.kind != kind || array.item_bytes != item_bytes) {
     throw Error(where + " must be an array of " + kind + std::to_string(item_bytes) + ", got " + array.kind +
                 std::to_string(array.item_bytes));
@@ -25,8 +25,11 @@ void add_buffer(const Array& array, size_t position, char kind, size_t item_byte
     throw Error(where + " must be writable");
   }
   machine().memory.add_buffer(array.data, static_cast<size_t>(array.size) * item_bytes,
-                              static_cast<unsigned>(item_bytes < 4 ? item_bytes : 4), writable,
-                              "argument " + std::to_string(position));
+                              static_cast<unsigned>(item_bytes < 4 ? item_bytes : 4), writable, name);
+}
+
+void* workspace(size_t bytes, unsigned granule, const char* name, bool zeros) {
+  return machine().memory.workspace(bytes, granule, name, zeros);
 }
 
 namespace {

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <sstream>
+#include <vector>
 
 namespace simt {
 namespace {
@@ -14,27 +15,31 @@ const char* base_name(const char* path) {
   return slash ? slash + 1 : path;
 }
 
-// The two lines that binutils' addr2line prints, function and file:line; empty where it is missing.
-std::pair<std::string, std::string> looked_up(const void* code) {
+struct Frame {
+  std::string function, line;
+};
+
+// What binutils' addr2line says of an address: the function that it is in, behind those that are inlined there, the
+// innermost first. Empty where it is missing.
+std::vector<Frame> frames_of(const void* code) {
   Dl_info info;
   if (!dladdr(code, &info)) {
     return {};
   }
   std::ostringstream command;
   const auto offset = static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase);
-  command << "addr2line -f -C -e '" << info.dli_fname << "' 0x" << std::hex << offset << " 2>&1";
-  std::pair<std::string, std::string> found;
+  command << "addr2line -f -i -C -e '" << info.dli_fname << "' 0x" << std::hex << offset << " 2>&1";
+  std::vector<Frame> frames;
   if (FILE* pipe = popen(command.str().c_str(), "r")) {
-    std::string* lines[] = {&found.first, &found.second};
-    char text[4096];
-    for (int i = 0; i < 2 && std::fgets(text, sizeof text, pipe); ++i) {
-      *lines[i] = std::string(text, std::strcspn(text, "\n"));
+    char function[4096], line[4096];
+    while (std::fgets(function, sizeof function, pipe) && std::fgets(line, sizeof line, pipe)) {
+      frames.push_back({std::string(function, std::strcspn(function, "\n")), std::string(line, std::strcspn(line, "\n"))});
     }
     if (pclose(pipe) != 0) {
       return {};
     }
   }
-  return found;
+  return frames;
 }
 
 }  // namespace
@@ -47,21 +52,23 @@ std::string Site::text() const { return std::string(base_name(file)) + ":" + std
 
 std::string source_of(const void* code) {
   // The address is where a call returns to; the call itself ends a byte before.
-  std::string line = looked_up(static_cast<const char*>(code) - 1).second;
-  line = line.substr(0, line.find(" (discriminator"));
-  if (line.empty() || line[0] == '?') {
-    std::ostringstream text;
-    text << "code at " << code;
-    return text.str();
+  for (const Frame& frame : frames_of(static_cast<const char*>(code) - 1)) {
+    // Of __ldg and its like, the line that calls them.
+    if (frame.line[0] != '?' && frame.line.find("/simt/math.h") == std::string::npos) {
+      return base_name(frame.line.substr(0, frame.line.find(" (discriminator")).c_str());
+    }
   }
-  return base_name(line.c_str());
+  std::ostringstream text;
+  text << "code at " << code;
+  return text.str();
 }
 
 std::string function_of(const void* code) {
-  const std::string name = looked_up(code).first;
-  if (name.empty() || name[0] == '?') {
+  const std::vector<Frame> frames = frames_of(code);
+  if (frames.empty() || frames.back().function[0] == '?') {
     return "a kernel";
   }
+  const std::string& name = frames.back().function;
   std::string plain = name.substr(0, name.rfind('('));
   for (const std::string noise : {"void ", "(anonymous namespace)::"}) {
     for (size_t at; (at = plain.find(noise)) != std::string::npos;) {

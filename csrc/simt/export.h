@@ -49,7 +49,16 @@ constexpr char kind_of() {
 }
 
 // Makes the array known to the machine for the call; throws Error where its type or writability is not the parameter's.
-void add_buffer(const Array& array, size_t position, char kind, size_t item_bytes, bool writable);
+void add_buffer(const Array& array, const std::string& name, char kind, size_t item_bytes, bool writable);
+
+// Memory for the rest of the call: what cudaMalloc gives, whose contents are an error to read before they are written,
+// or zeros.
+void* workspace(size_t bytes, unsigned granule, const char* name, bool zeros);
+
+template <typename T>
+T* workspace(int64_t size, const char* name, bool zeros = false) {
+  return static_cast<T*>(workspace(static_cast<size_t>(size) * sizeof(T), sizeof(T) < 4 ? sizeof(T) : 4, name, zeros));
+}
 
 template <typename P>
 struct Convert;
@@ -82,13 +91,13 @@ struct Convert<std::vector<int64_t>> {
 
 template <typename T>
 struct Convert<Buffer<T>> {
-  static Buffer<T> one(const Array& array, size_t position) {
-    add_buffer(array, position, kind_of<T>(), sizeof(T), !std::is_const_v<T>);
+  static Buffer<T> one(const Array& array, const std::string& name) {
+    add_buffer(array, name, kind_of<T>(), sizeof(T), !std::is_const_v<T>);
     return {static_cast<T*>(array.data), array.size};
   }
   static Buffer<T> from(const Argument& argument, size_t position) {
     if (const auto* array = std::get_if<Array>(&argument)) {
-      return one(*array, position);
+      return one(*array, "argument " + std::to_string(position));
     }
     throw Error("simt: argument " + std::to_string(position) + " must be an array");
   }
@@ -103,7 +112,8 @@ struct Convert<std::vector<Buffer<T>>> {
     }
     std::vector<Buffer<T>> buffers;
     for (const Array& array : *arrays) {
-      buffers.push_back(Convert<Buffer<T>>::one(array, position));
+      const std::string index = "[" + std::to_string(buffers.size()) + "]";
+      buffers.push_back(Convert<Buffer<T>>::one(array, "argument " + std::to_string(position) + index));
     }
     return buffers;
   }

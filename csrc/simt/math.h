@@ -5,18 +5,23 @@
 #include <cmath>
 #include <cstdint>
 
+// Inlined even where nothing else is, so that what they access is named by the line that calls them.
+#define SIMT_INLINE __attribute__((always_inline)) inline
+
 template <typename T>
-T __ldg(const T* address) {
+SIMT_INLINE T __ldg(const T* address) {
   return *address;
 }
 template <typename T>
-T __ldcg(const T* address) {
+SIMT_INLINE T __ldcg(const T* address) {
   return *address;
 }
 template <typename T>
-void __stcg(T* address, T value) {
+SIMT_INLINE void __stcg(T* address, T value) {
   *address = value;
 }
+
+#undef SIMT_INLINE
 
 // By value: what they compare is read where they are called, and checked there.
 template <typename T>

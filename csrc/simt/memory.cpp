@@ -116,9 +116,15 @@ Memory::Memory() : arena_(new char[kArenaBytes + kSharedAlignment]) {
   ASAN_POISON_MEMORY_REGION(arena_.get(), kArenaBytes + kSharedAlignment);
 }
 
-void Memory::add_buffer(const void* data, size_t bytes, unsigned granule, bool writable, std::string name) {
+Region& Memory::add_buffer(const void* data, size_t bytes, unsigned granule, bool writable, std::string name) {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  for (const auto& other : buffers_) {
+    if (begin < other->end() && other->begin < begin + bytes) {
+      throw Error("simt: " + name + " overlaps " + other->name);
+    }
+  }
   auto region = std::make_unique<Region>();
-  region->begin = reinterpret_cast<uintptr_t>(data);
+  region->begin = begin;
   region->size = bytes;
   region->granule = granule;
   region->writable = writable;
@@ -128,10 +134,20 @@ void Memory::add_buffer(const void* data, size_t bytes, unsigned granule, bool w
   }
   regions_[region->begin] = region.get();
   buffers_.push_back(std::move(region));
+  return *buffers_.back();
+}
+
+void* Memory::workspace(size_t bytes, unsigned granule, std::string name, bool zeros) {
+  workspaces_.emplace_back(new char[bytes]);
+  char* data = workspaces_.back().get();
+  std::memset(data, zeros ? 0 : 0xff, bytes);
+  add_buffer(data, bytes, granule, true, std::move(name)).fresh = !zeros;
+  return data;
 }
 
 void Memory::clear_buffers() {
   buffers_.clear();
+  workspaces_.clear();
   regions_.clear();
   last_ = nullptr;
 }
@@ -295,7 +311,7 @@ void Memory::report(const Region& region, uintptr_t address, Access kind, const 
 
 void Memory::check(Thread& thread, Region& region, Cell& cell, uintptr_t address, Access kind, const void* code) {
   const bool shared = region.kind == Region::Kind::kShared;
-  const bool of_before = shared && cell.write.epoch < block_epoch_;
+  const bool of_before = shared ? cell.write.epoch < block_epoch_ : region.fresh && cell.write.epoch == 0;
   if (of_before && kind != Access::kWrite) {
     simt::fail(std::string(verb(kind)) + " uninitialised " + region.text(address) + " [" + source_of(code) + "]");
   }

@@ -42,6 +42,7 @@ struct Region {
   size_t size = 0;
   Kind kind = Kind::kGlobal;
   bool writable = true;
+  bool fresh = false;  // memory of nobody's before: what has not been written may not be read
   unsigned granule = 1;  // bytes, a power of two
   std::string name;
   std::unique_ptr<Cell[]> cells;  // none where nothing can be written
@@ -78,7 +79,8 @@ class Memory {
   Memory();
 
   // The buffers of the caller: what else a kernel touches is an error.
-  void add_buffer(const void* data, size_t bytes, unsigned granule, bool writable, std::string name);
+  Region& add_buffer(const void* data, size_t bytes, unsigned granule, bool writable, std::string name);
+  void* workspace(size_t bytes, unsigned granule, std::string name, bool zeros);
   void clear_buffers();
   const std::vector<std::unique_ptr<Region>>& buffers() const { return buffers_; }
   // The arguments of the launch, and its dynamic shared memory; those of the launch before are gone.
@@ -115,6 +117,7 @@ class Memory {
   [[noreturn]] void fail_outside(Access kind, uintptr_t address, size_t bytes, const void* code);
 
   std::vector<std::unique_ptr<Region>> buffers_;
+  std::vector<std::unique_ptr<char[]>> workspaces_;
   std::map<uintptr_t, Region*> regions_;  // all of them by their beginning
   Region* last_ = nullptr;
   Region arguments_;

@@ -32,7 +32,7 @@ KEPT = ROOT / "build" / "simt"
 MODULE = "simt_kernels"
 JOBS = 2
 
-COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}"]
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}"]
 # Sanitizers that kernels are compiled with: their calls end in csrc/simt/hooks.cpp.
 CHECKED = ["-O1", "-g1", "-fsanitize=thread,alignment,bounds"]
 RUNTIME = ["-O2"]
