@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastgan-installed
 TORCH_STAMP := $(VENV)/.torch-installed
 PEERS_STAMP := $(VENV)/.peers-installed
-CXX_SOURCES := $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -type f ! -name "*.md")
 
 .PHONY: setup quickstart test fuzz sanitize lint bench bench-cpu gpu-check gpu-report ops-table build clean
 

@@ -30,6 +30,9 @@ logger = logging.getLogger("fastgan")
 NAMES = ("reference", "cpp", "triton", "cuda")
 DEFAULT_ORDER = ("cuda", "triton", "cpp", "reference")
 PRECISIONS = ("fp32", "high")
+# Kernels that serve only where they are named: no run on a GPU has shown yet that they are faster than what they would
+# replace.
+ONLY_IF_NAMED = frozenset({("spectral_sigma", "cuda")})
 
 # Loaded here, once: a call through functools.cache on every op would cost time and stop torch.compile's tracing.
 _LIBRARIES = _native.load()
@@ -150,6 +153,8 @@ class Decision:
             else:
                 reason = self.reasons[name]
                 state = "can run" if reason is None else f"cannot run: {reason}"
+                if reason is None and (self.op, name) in ONLY_IF_NAMED:
+                    state = "can run, where it is named: no GPU has shown yet that it is the faster one"
             lines.append(f"  {name:<10}{state}")
         if self.algorithm is not None:
             lines.append(f"its convolution is computed by {self.algorithm} ({PREDICTION})")
@@ -189,7 +194,7 @@ def choose(
 
     if _local.recording:
         reasons = {name: predicate(*args, **facts) for name, predicate in can_run.items()}
-        name = explicit or next(name for name in DEFAULT_ORDER if name in reasons and reasons[name] is None)
+        name = explicit or next(name for name in _by_default(op) if name in reasons and reasons[name] is None)
         raise _Recorded(Decision(op, name, chosen_by, reasons))
     if explicit is not None:
         reason = can_run[explicit](*args, **facts) if explicit in can_run else "it has no kernel for this op"
@@ -199,8 +204,12 @@ def choose(
     return _first_that_can(op, can_run, *args, **facts)
 
 
+def _by_default(op: str) -> list[str]:
+    return [name for name in DEFAULT_ORDER if (op, name) not in ONLY_IF_NAMED]
+
+
 def _first_that_can(op: str, can_run: Mapping[str, Callable[..., str | None]], *args: Any, **facts: Any) -> str:
-    for name in DEFAULT_ORDER:
+    for name in _by_default(op):
         if name not in can_run:
             continue
         reason = can_run[name](*args, **facts)
@@ -244,15 +253,23 @@ def triton_can_run(device: torch.device, dtype: torch.dtype, **facts: Any) -> st
     return _TRITON_MISSING
 
 
+def cuda_can_run(device: torch.device, dtype: torch.dtype, **facts: Any) -> str | None:
+    """The CUDA C++ backend's common conditions: CUDA tensors, its library is loaded, a dtype it computes in."""
+    if device.type != "cuda":
+        return f"it runs on cuda tensors, got {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, got {dtype}"
+    return _LIBRARIES["cuda"].reason
+
+
 def available() -> dict[str, str | None]:
     """Backend name -> None if it can be used on this machine, else the reason why not."""
     gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
-    no_kernels = "this version of fastgan has no kernels for it yet"
     return {
         "reference": None,
         "cpp": _LIBRARIES["cpu"].reason,
         "triton": _TRITON_MISSING or (None if _native.TRITON_INTERPRETED else gpu),
-        "cuda": gpu or _LIBRARIES["cuda"].reason or no_kernels,
+        "cuda": gpu or _LIBRARIES["cuda"].reason,
     }
 
 

@@ -14,7 +14,7 @@
 #define FASTGAN_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 // FASTGAN_DYNAMIC_SHARED(float, memory); declares float* memory, all that the launch asked for. `type` is the smallest
 // piece that threads write separately.
-#define FASTGAN_DYNAMIC_SHARED(type, name)                                 \
+#define FASTGAN_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char fastgan_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(fastgan_dynamic_shared)
 

@@ -30,8 +30,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Begins to copy kBytes (4, 8 or 16; both addresses are multiples of it) from global to shared memory. Before sm_80 it is
-// a plain copy, and the two functions below do nothing.
+// Begins to copy kBytes (4, 8 or 16; both addresses are multiples of it) from global to shared memory. Before sm_80 it
+// is a plain copy, and the two functions below do nothing.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
                  : "memory");
   }
 #else
-  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, unsigned> >;
   *static_cast<Word*>(shared) = *static_cast<const Word*>(global);
 #endif
 }
@@ -63,7 +63,7 @@ __device__ __forceinline__ void copy_async_or_zero(void* shared, const void* glo
                  : "memory");
   }
 #else
-  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, unsigned> >;
   *static_cast<Word*>(shared) = there ? *static_cast<const Word*>(global) : Word{};
 #endif
 }
@@ -75,8 +75,8 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Waits until at most the kPending latest groups of this thread are still on their way. Other threads see what was copied
-// after a barrier.
+// Waits until at most the kPending latest groups of this thread are still on their way. Other threads see what was
+// copied after a barrier.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -138,10 +138,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragments)[kMatrices], 
   }
 }
 
-// d [16, 8] += a [16, 16] b [16, 8] in float32, T = __half or __nv_bfloat16; all lanes of the warp. Lane l holds of a the
-// columns 2 (l % 4), the next, and both + 8, of the rows l / 4 and + 8; of b those rows of column l / 4; of d the columns
-// 2 (l % 4) and the next of the rows l / 4 and + 8. Before sm_80 there is no such product of __nv_bfloat16: who launches
-// chooses other kernels there.
+// d [16, 8] += a [16, 16] b [16, 8] in float32, T = __half or __nv_bfloat16; all lanes of the warp. Lane l holds of a
+// the columns 2 (l % 4), the next, and both + 8, of the rows l / 4 and + 8; of b those rows of column l / 4; of d the
+// columns 2 (l % 4) and the next of the rows l / 4 and + 8. Before sm_80 there is no such product of __nv_bfloat16: who
+// launches chooses other kernels there.
 template <typename T>
 __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);

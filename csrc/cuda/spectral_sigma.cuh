@@ -2,13 +2,13 @@
 //
 //   u <- n(W v),  v <- n(W^T u),  sigma = u^T W v,  n(x) = x / max(|x|, eps)          the hook's order: v first
 //
-// A block owns some consecutive indices of one layer (spectral_sigma_plan.h) and sees all of W that belongs to them, tile
-// by tile in shared memory: first[a] = sum_b W[a, b] x[b] is final before first[a] W[a, :] is added to the block's partial
-// sum of the second product, so one read serves both. Nothing is normalised before the end: both products are linear, so
-// the norms are divided out afterwards, and sigma = |second|^2 / max(|second|, eps) needs no third product.
+// A block owns some consecutive indices of one layer (spectral_sigma_plan.h) and sees all of W that belongs to them,
+// tile by tile in shared memory: first[a] = sum_b W[a, b] x[b] is final before first[a] W[a, :] is added to the block's
+// partial sum of the second product, so one read serves both. Nothing is normalised before the end: both products are
+// linear, so the norms are divided out afterwards, and sigma = |second|^2 / max(|second|, eps) needs no third product.
 //
-// The last block to arrive of each group of some sqrt(blocks) adds its group's partial sums, the last of the groups adds
-// those: all sums are in an order that depends on the shapes alone.
+// The last block to arrive of each group of some sqrt(blocks) adds its group's partial sums, the last of the groups
+// adds those: all sums are in an order that depends on the shapes alone.
 //
 // Source: Miyato et al., Spectral Normalization for GANs (2018), algorithm 1 and equation 11.
 #pragma once
@@ -133,16 +133,17 @@ __device__ inline void add_sigma_products(const SigmaLayer& layer, int count, in
   }
 }
 
-// second[b] += sum_a first[a] tile[a, b]. Where the axis is short, groups of threads share the rows, and each thread has
-// a sum of its own.
+// second[b] += sum_a first[a] tile[a, b]. Where the axis is short, groups of threads share the rows, and each thread
+// has a sum of its own.
 template <typename T>
 __device__ inline void add_sigma_rows(const SigmaLayer& layer, int count, int chunk, int width, const float* row_sums,
                                       const T* tile, bool begins, float* second) {
   const int lanes = layer.lanes, group = threadIdx.x / lanes, groups = kSigmaThreads / lanes;
-  for (int b = threadIdx.x % lanes; b < width; b += lanes) {
+  // All threads of the groups, for all their sums are added in the end.
+  for (int b = threadIdx.x % lanes; b < (groups > 1 ? lanes : width); b += lanes) {
     // A sum per tile first: of many rows it is more exact.
     float sum = 0;
-    for (int a = group; a < count; a += groups) {
+    for (int a = group; b < width && a < count; a += groups) {
       sum += row_sums[a] * static_cast<float>(tile[a * layer.pitch + b]);
     }
     float* target = second + (groups > 1 ? static_cast<int>(threadIdx.x) : chunk + b);
@@ -210,13 +211,16 @@ __device__ inline void sweep_sigma(const SigmaLayer& layer, int begin, int end, 
       *partial = sigma;
     }
   } else if (layer.second_in_shared) {
+    // The groups' sums as a tree, which is more exact than a row of them.
+    for (int half = kSigmaThreads / 2; half >= layer.lanes; half /= 2) {
+      __syncthreads();
+      if (static_cast<int>(threadIdx.x) < half) {
+        second[threadIdx.x] += second[threadIdx.x + half];
+      }
+    }
     __syncthreads();
     for (int b = threadIdx.x; b < spanned; b += kSigmaThreads) {
-      float sum = second[b];
-      for (int other = b + layer.lanes; layer.lanes < kSigmaThreads && other < kSigmaThreads; other += layer.lanes) {
-        sum += second[other];
-      }
-      partial[b] = sum;
+      partial[b] = second[b];
     }
   }
 }
@@ -262,7 +266,7 @@ __device__ inline void finish_sigma(const SigmaLayer& layer, const float* first,
 
 // One power iteration of all layers of the batch, or with kRead sigma alone; u and v are copied then.
 template <typename T, bool kRead>
-__global__ void __launch_bounds__(kSigmaThreads) sigma_kernel(const __grid_constant__ SigmaBatch batch) {
+__global__ void __launch_bounds__(kSigmaThreads, 2) sigma_kernel(const __grid_constant__ SigmaBatch batch) {
   int number = 0;
   while (number + 1 < batch.count && static_cast<int>(blockIdx.x) >= batch.layers[number + 1].first_block) {
     ++number;

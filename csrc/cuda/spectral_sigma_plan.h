@@ -22,8 +22,8 @@ struct SigmaAxis {
 
 struct SigmaLayer {
   const void* weight;
-  const float *own, *other;     // u and v, or v and u in the hook's order
-  float *own_out, *other_out;   // where they are written
+  const float *own, *other;    // u and v, or v and u in the hook's order
+  float *own_out, *other_out;  // where they are written
   float* sigma;
   SigmaAxis owned, spanned;
   int first_block, blocks, span;  // its blocks, each of `span` owned indices
@@ -39,7 +39,7 @@ struct SigmaLayer {
 };
 
 // Kernel parameters have 4 KB.
-constexpr int kSigmaLayers = 24;
+constexpr int kSigmaLayers = 23;
 struct SigmaBatch {
   SigmaLayer layers[kSigmaLayers];
   int count;
@@ -95,8 +95,12 @@ inline std::optional<SigmaAxis> sigma_columns(const SigmaWeight& weight) {
   }
   merged.resize(2, {0, 0, 1});
   const Run &inner = merged[0], &outer = merged[1];
-  return SigmaAxis{static_cast<int>(inner.extent * outer.extent), static_cast<int>(inner.extent), outer.stride,
-                   inner.stride, static_cast<int>(outer.step), static_cast<int>(inner.step)};
+  return SigmaAxis{static_cast<int>(inner.extent * outer.extent),
+                   static_cast<int>(inner.extent),
+                   outer.stride,
+                   inner.stride,
+                   static_cast<int>(outer.step),
+                   static_cast<int>(inner.step)};
 }
 
 struct SigmaPlan {
@@ -109,7 +113,7 @@ struct SigmaPlan {
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-inline int sigma_second_size(const SigmaLayer& layer) {
+    inline int sigma_second_size(const SigmaLayer& layer) {
   return layer.lanes < kSigmaThreads ? kSigmaThreads : (layer.spanned.extent + 3) / 4 * 4;
 }
 
@@ -180,7 +184,8 @@ inline SigmaPlan plan_sigma(const std::vector<SigmaWeight>& weights, int item_by
   int blocks = 0;
   for (const SigmaWeight& weight : weights) {
     const int rows = static_cast<int>(weight.sizes[weight.dim]);
-    const SigmaAxis row_axis{rows, rows, 0, weight.strides[weight.dim], 0, 1}, column_axis = sigma_columns(weight).value();
+    const SigmaAxis row_axis{rows, rows, 0, weight.strides[weight.dim], 0, 1},
+        column_axis = sigma_columns(weight).value();
     SigmaLayer layer{};
     layer.weight = weight.data, layer.sigma = weight.sigma;
     layer.own = hook ? weight.v : weight.u, layer.own_out = hook ? weight.v_out : weight.u_out;

@@ -1,4 +1,5 @@
-// cp.async on the machine; cuda/ptx.h says what the functions do. A copy happens as late as it may: when it is waited for.
+// cp.async on the machine; cuda/ptx.h says what the functions do. A copy happens as late as it may: when it is waited
+// for.
 #pragma once
 
 #include <cstdint>

@@ -33,7 +33,7 @@ T* dynamic_shared() {
 
 // What the two macros of cuda/device.h stand for. A variable belongs to one instantiation of its function.
 #define SIMT_SHARED(type, name, ...) \
-  type(&name) __VA_ARGS__ = ::simt::shared<std::remove_reference_t<decltype(name)>>(__PRETTY_FUNCTION__, #name)
+  std::type_identity_t<type __VA_ARGS__>& name = ::simt::shared<type __VA_ARGS__>(__PRETTY_FUNCTION__, #name)
 #define SIMT_DYNAMIC_SHARED(type, name) type* const name = ::simt::dynamic_shared<type>()
 
 inline void __syncthreads(simt::Site site = simt::Site::here()) {

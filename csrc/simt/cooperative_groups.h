@@ -11,9 +11,7 @@ namespace cooperative_groups {
 
 class thread_block {
  public:
-  unsigned thread_rank() const {
-    return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-  }
+  unsigned thread_rank() const { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
   unsigned num_threads() const { return blockDim.x * blockDim.y * blockDim.z; }
   unsigned size() const { return num_threads(); }
   void sync(simt::Site site = simt::Site::here()) const { __syncthreads(site); }

@@ -33,7 +33,8 @@ std::vector<Frame> frames_of(const void* code) {
   if (FILE* pipe = popen(command.str().c_str(), "r")) {
     char function[4096], line[4096];
     while (std::fgets(function, sizeof function, pipe) && std::fgets(line, sizeof line, pipe)) {
-      frames.push_back({std::string(function, std::strcspn(function, "\n")), std::string(line, std::strcspn(line, "\n"))});
+      frames.push_back(
+          {std::string(function, std::strcspn(function, "\n")), std::string(line, std::strcspn(line, "\n"))});
     }
     if (pclose(pipe) != 0) {
       return {};

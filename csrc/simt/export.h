@@ -153,5 +153,6 @@ bool export_function(const char* name, void (*function)(P...)) {
 
 #define SIMT_JOIN_NAME(a, b) a##b
 #define SIMT_UNIQUE_NAME(a, b) SIMT_JOIN_NAME(a, b)
-#define SIMT_EXPORT(name, ...) \
-  [[maybe_unused]] static const bool SIMT_UNIQUE_NAME(simt_exported_, __COUNTER__) = ::simt::export_function(name, __VA_ARGS__)
+#define SIMT_EXPORT(name, ...)                                                       \
+  [[maybe_unused]] static const bool SIMT_UNIQUE_NAME(simt_exported_, __COUNTER__) = \
+      ::simt::export_function(name, __VA_ARGS__)

@@ -56,7 +56,8 @@ void StackPool::reserve(size_t count) {
   if (base_) {
     munmap(base_, count_ * kStride);
   }
-  void* memory = mmap(nullptr, count * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, count * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     base_ = nullptr, count_ = 0;
     throw std::bad_alloc();

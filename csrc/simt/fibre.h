@@ -18,9 +18,7 @@ class StackPool {
   ~StackPool();
   void reserve(size_t count);
   char* stack(size_t index) const { return base_ + index * kStride + kGuardBytes; }
-  bool holds(uintptr_t address) const {
-    return address - reinterpret_cast<uintptr_t>(base_) < count_ * kStride;
-  }
+  bool holds(uintptr_t address) const { return address - reinterpret_cast<uintptr_t>(base_) < count_ * kStride; }
 
  private:
   static constexpr size_t kGuardBytes = 4096;

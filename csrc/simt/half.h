@@ -52,18 +52,18 @@ constexpr uint16_t to_bfloat16(float value) {
 
 }  // namespace simt
 
-#define SIMT_HALF_TYPE(Name, Pair, from, to)                                                         \
-  struct Name {                                                                                      \
-    uint16_t bits;                                                                                   \
-    Name() = default;                                                                                \
-    Name(float value) : bits(simt::to(value)) {}                                                     \
-    operator float() const { return simt::from(bits); }                                              \
-  };                                                                                                 \
-  struct alignas(4) Pair {                                                                           \
-    Name x, y;                                                                                       \
-  };                                                                                                 \
-  inline Name operator+(Name a, Name b) { return static_cast<float>(a) + static_cast<float>(b); }    \
-  inline Name operator-(Name a, Name b) { return static_cast<float>(a) - static_cast<float>(b); }    \
+#define SIMT_HALF_TYPE(Name, Pair, from, to)                                                      \
+  struct Name {                                                                                   \
+    uint16_t bits;                                                                                \
+    Name() = default;                                                                             \
+    Name(float value) : bits(simt::to(value)) {}                                                  \
+    operator float() const { return simt::from(bits); }                                           \
+  };                                                                                              \
+  struct alignas(4) Pair {                                                                        \
+    Name x, y;                                                                                    \
+  };                                                                                              \
+  inline Name operator+(Name a, Name b) { return static_cast<float>(a) + static_cast<float>(b); } \
+  inline Name operator-(Name a, Name b) { return static_cast<float>(a) - static_cast<float>(b); } \
   inline Name operator*(Name a, Name b) { return static_cast<float>(a) * static_cast<float>(b); }
 SIMT_HALF_TYPE(__half, __half2, from_half, to_half)
 SIMT_HALF_TYPE(__nv_bfloat16, __nv_bfloat162, from_bfloat16, to_bfloat16)

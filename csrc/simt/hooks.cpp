@@ -79,8 +79,7 @@ void __ubsan_handle_type_mismatch_v1(UbsanMismatch* data, uintptr_t address) {
 
 void __ubsan_handle_out_of_bounds(UbsanBounds* data, uintptr_t index) {
   simt::fail("index " + std::to_string(static_cast<intptr_t>(index)) + " is out of bounds of a " +
-             std::string(data->array->name) + " [" +
-             simt::Site{data->location.file, data->location.line}.text() + "]");
+             std::string(data->array->name) + " [" + simt::Site{data->location.file, data->location.line}.text() + "]");
 }
 
 }  // extern "C"

@@ -72,8 +72,8 @@ void Machine::fail(const Thread& culprit, const std::string& what) {
   if (!current_) {
     throw Error(error_);
   }
-  // Not an exception: the calls that g++ puts in front of loads are declared never to throw. The fibre is left as it is;
-  // device code owns nothing that would have to be given back.
+  // Not an exception: the calls that g++ puts in front of loads are declared never to throw. The fibre is left as it
+  // is; device code owns nothing that would have to be given back.
   Fibre::change(current_->fibre, scheduler_);
   __builtin_unreachable();
 }
@@ -81,8 +81,8 @@ void Machine::fail(const Thread& culprit, const std::string& what) {
 void Machine::run(dim3 grid, dim3 block, size_t shared_bytes, const Job& job) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   job_ = job;
-  if (threads == 0 || threads > kMostThreads || blocks == 0 || blocks > UINT32_MAX || block.z > 64 ||
-      grid.y > 65535 || grid.z > 65535) {
+  if (threads == 0 || threads > kMostThreads || blocks == 0 || blocks > UINT32_MAX || block.z > 64 || grid.y > 65535 ||
+      grid.z > 65535) {
     throw Error(function_of(job.kernel) + ": a grid of " + text(grid) + " blocks of " + text(block) +
                 " threads cannot be launched");
   }
@@ -173,8 +173,8 @@ void Machine::suspend(const char* waits_for, Site site) {
 void Machine::check_exit(Thread& thread) {
   const Barrier& whole = barriers_[0];
   if (whole.arrived && whole.expected == threads_.size()) {
-    fail("divergent barrier: it exits while " + std::to_string(whole.arrived) + " threads wait at " + whole.name + " [" +
-         whole.site.text() + "]");
+    fail("divergent barrier: it exits while " + std::to_string(whole.arrived) + " threads wait at " + whole.name +
+         " [" + whole.site.text() + "]");
   }
   for (const WarpOperation& operation : operations_[thread.warp]) {
     if (operation.mask >> thread.lane & 1) {
@@ -208,7 +208,8 @@ int Machine::barrier(unsigned id, unsigned count, bool predicate, const char* na
   Thread& thread = here(name);
   const unsigned all = threads_.size(), expected = count ? count : all;
   if (id >= kNamedBarriers || (count && (count % kWarp != 0 || count > (all + kWarp - 1) / kWarp * kWarp))) {
-    fail(std::string(name) + " [" + site.text() + "] of barrier " + std::to_string(id) + " for " + std::to_string(count) +
+    fail(std::string(name) + " [" + site.text() + "] of barrier " + std::to_string(id) + " for " +
+         std::to_string(count) +
          " threads: barriers are 0 ... 15, and the count is a multiple of 32 that the block has");
   }
   if (!count && exited_) {
@@ -218,7 +219,8 @@ int Machine::barrier(unsigned id, unsigned count, bool predicate, const char* na
   Barrier& barrier = barriers_[id];
   if (!barrier.arrived) {
     barrier.name = name, barrier.site = site, barrier.expected = expected;
-  } else if (barrier.expected != expected || (!count && !(std::strcmp(barrier.name, name) == 0 && barrier.site == site))) {
+  } else if (barrier.expected != expected ||
+             (!count && !(std::strcmp(barrier.name, name) == 0 && barrier.site == site))) {
     fail("divergent barrier: it is at " + std::string(name) + " [" + site.text() + "], " +
          std::to_string(barrier.arrived) + " threads wait at " + barrier.name + " [" + barrier.site.text() + "]");
   }

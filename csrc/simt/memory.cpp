@@ -42,7 +42,7 @@ int find_image(dl_phdr_info* info, size_t, void* data) {
   Image& image = *static_cast<Image*>(data);
   uintptr_t begin = UINTPTR_MAX, end = 0;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& header = info->dlpi_phdr[i];
+    const ElfW(Phdr) & header = info->dlpi_phdr[i];
     if (header.p_type == PT_LOAD) {
       begin = std::min<uintptr_t>(begin, info->dlpi_addr + header.p_vaddr);
       end = std::max<uintptr_t>(end, info->dlpi_addr + header.p_vaddr + header.p_memsz);
@@ -59,7 +59,9 @@ int find_image(dl_phdr_info* info, size_t, void* data) {
 
 std::string Region::text(uintptr_t address) const {
   std::ostringstream text;
-  const char* what = kind == Kind::kShared ? "shared memory" : kind == Kind::kGlobal ? "global memory" : "the arguments";
+  const char* what = kind == Kind::kShared   ? "shared memory"
+                     : kind == Kind::kGlobal ? "global memory"
+                                             : "the arguments";
   text << what;
   if (!name.empty()) {
     text << " `" << name << "`";
@@ -155,7 +157,7 @@ void Memory::clear_buffers() {
 void Memory::begin_launch(const void* arguments, size_t bytes, size_t dynamic_bytes, uint32_t first_epoch) {
   if (dynamic_bytes > kMostShared) {
     simt::fail("a launch with " + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory, at most " +
-         std::to_string(kMostShared));
+               std::to_string(kMostShared));
   }
   ASAN_POISON_MEMORY_REGION(arena_.get(), kArenaBytes + kSharedAlignment);
   shared_.clear();
@@ -176,7 +178,9 @@ void Memory::begin_launch(const void* arguments, size_t bytes, size_t dynamic_by
 
 void Memory::begin_block(uint32_t first_epoch) {
   block_epoch_ = first_epoch;
-  const auto poison = [](const Region& region) { std::memset(reinterpret_cast<void*>(region.begin), 0xff, region.size); };
+  const auto poison = [](const Region& region) {
+    std::memset(reinterpret_cast<void*>(region.begin), 0xff, region.size);
+  };
   for (const auto& [key, region] : shared_) {
     poison(*region);
   }
@@ -201,8 +205,8 @@ void* Memory::shared(const void* function, Site site, const char* name, size_t b
     }
     if (static_bytes_ > kStaticShared || static_bytes_ + dynamic_bytes_ > kMostShared) {
       simt::fail("declares " + std::to_string(static_bytes_) + " bytes of static shared memory beside " +
-           std::to_string(dynamic_bytes_) + " dynamic ones, at most " + std::to_string(kStaticShared) + " and " +
-           std::to_string(kMostShared) + " in all");
+                 std::to_string(dynamic_bytes_) + " dynamic ones, at most " + std::to_string(kStaticShared) + " and " +
+                 std::to_string(kMostShared) + " in all");
     }
     region = std::make_unique<Region>();
     region->kind = Region::Kind::kShared;
@@ -221,7 +225,7 @@ void* Memory::shared(const void* function, Site site, const char* name, size_t b
 void* Memory::dynamic_shared(size_t alignment, unsigned granule) {
   if (dynamic_ && dynamic_->granule != granule) {
     simt::fail("dynamic shared memory is declared with elements of " + std::to_string(granule) + " and of " +
-         std::to_string(dynamic_->granule) + " bytes");
+               std::to_string(dynamic_->granule) + " bytes");
   }
   return shared(nullptr, Site{}, "dynamic", dynamic_bytes_, alignment, granule);
 }
@@ -295,12 +299,12 @@ bool Memory::ordered(const Thread& thread, const Touch& touch) const {
   return now.known().covers(touch) || thread.known.covers(touch);
 }
 
-void Memory::report(const Region& region, uintptr_t address, Access kind, const void* code,
-                    const Touch& other) {
+void Memory::report(const Region& region, uintptr_t address, Access kind, const void* code, const Touch& other) {
   std::ostringstream text;
   text << "race: it " << verb(kind) << " " << region.text(address) << " [" << source_of(code) << "], which ";
   if (other.epoch >= block_epoch_) {
-    text << "thread " << machine().thread_text(machine().threads()[other.thread]) << " of its block " << past(other.kind);
+    text << "thread " << machine().thread_text(machine().threads()[other.thread]) << " of its block "
+         << past(other.kind);
   } else {
     text << "a thread (" << other.thread << ") of block " << other.block << " " << past(other.kind);
   }
@@ -316,10 +320,10 @@ void Memory::check(Thread& thread, Region& region, Cell& cell, uintptr_t address
     simt::fail(std::string(verb(kind)) + " uninitialised " + region.text(address) + " [" + source_of(code) + "]");
   }
   if (cell.write.in_flight && !of_before) {
-    simt::fail(std::string(verb(kind)) + " " + region.text(address) + " [" + source_of(code) + "] while cp.async of thread " +
-         machine().thread_text(machine().threads()[cell.write.thread]) + " [" +
-         source_of(reinterpret_cast<const void*>(image_begin_ + cell.write.place)) +
-         "] is in flight: no wait_group has completed it");
+    simt::fail(std::string(verb(kind)) + " " + region.text(address) + " [" + source_of(code) +
+               "] while cp.async of thread " + machine().thread_text(machine().threads()[cell.write.thread]) + " [" +
+               source_of(reinterpret_cast<const void*>(image_begin_ + cell.write.place)) +
+               "] is in flight: no wait_group has completed it");
   }
   const auto conflicts = [&](const Touch& other) {
     const bool both_atomic = kind == Access::kAtomic && other.kind == Access::kAtomic;
@@ -336,7 +340,8 @@ void Memory::check(Thread& thread, Region& region, Cell& cell, uintptr_t address
     }
     Touch now = touch(thread, kind, code);
     const Touch& last = cell.write;
-    if (last.kind == Access::kWrite && last.epoch == now.epoch && last.thread == now.thread && last.clock == now.clock) {
+    if (last.kind == Access::kWrite && last.epoch == now.epoch && last.thread == now.thread &&
+        last.clock == now.clock) {
       // An atomic operation behind a plain write of the same thread does not make the write atomic.
       now.kind = Access::kWrite;
     }

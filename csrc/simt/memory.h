@@ -42,7 +42,7 @@ struct Region {
   size_t size = 0;
   Kind kind = Kind::kGlobal;
   bool writable = true;
-  bool fresh = false;  // memory of nobody's before: what has not been written may not be read
+  bool fresh = false;    // memory of nobody's before: what has not been written may not be read
   unsigned granule = 1;  // bytes, a power of two
   std::string name;
   std::unique_ptr<Cell[]> cells;  // none where nothing can be written
@@ -110,8 +110,7 @@ class Memory {
   Region* find(uintptr_t address);
   Region& region_of(Thread& thread, uintptr_t address, size_t bytes, Access kind, const void* code);
   void check(Thread& thread, Region& region, Cell& cell, uintptr_t address, Access kind, const void* code);
-  void report(const Region& region, uintptr_t address, Access kind, const void* code,
-              const Touch& other);
+  void report(const Region& region, uintptr_t address, Access kind, const void* code, const Touch& other);
   bool ordered(const Thread& thread, const Touch& touch) const;
   Touch touch(const Thread& thread, Access kind, const void* code) const;
   [[noreturn]] void fail_outside(Access kind, uintptr_t address, size_t bytes, const void* code);

@@ -1,4 +1,5 @@
-// All that kernel text needs where g++ compiles it in nvcc's place. cuda/device.h includes it; README.md says how it works.
+// All that kernel text needs where g++ compiles it in nvcc's place. cuda/device.h includes it; README.md says how it
+// works.
 #pragma once
 
 #include "atomic.h"

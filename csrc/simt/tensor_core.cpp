@@ -79,8 +79,7 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, float (*value)(uint16_t
   machine().meet("mma.sync", kAllLanes, &product, finish_product, site);
 }
 
-void load_matrices(uint32_t* fragments, unsigned count, const void* row, bool transposed, Site site,
-                   const void* code) {
+void load_matrices(uint32_t* fragments, unsigned count, const void* row, bool transposed, Site site, const void* code) {
   Machine& m = machine();
   Thread& thread = m.here("ldmatrix");
   // Only as many lanes as there are rows name one.

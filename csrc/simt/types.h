@@ -10,8 +10,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
-// Shared variables are declared with FASTGAN_SHARED and FASTGAN_DYNAMIC_SHARED of cuda/device.h: a plain one would be one
-// variable of the whole process here, and outside of every check.
+// Shared variables are declared with FASTGAN_SHARED and FASTGAN_DYNAMIC_SHARED of cuda/device.h: a plain one would be
+// one variable of the whole process here, and outside of every check.
 #define __shared__ _Pragma("GCC error \"declare shared memory with FASTGAN_SHARED or FASTGAN_DYNAMIC_SHARED\"")
 
 struct uint3 {
@@ -26,17 +26,11 @@ struct dim3 {
 };
 
 // The alignments are CUDA's: they are what a vector access has to keep to.
-#define SIMT_VECTOR_TYPES(name, T, align2, align4)                                                            \
-  struct alignas(align2) name##2 {                                                                            \
-    T x, y;                                                                                                   \
-  };                                                                                                          \
-  struct name##3 {                                                                                            \
-    T x, y, z;                                                                                                \
-  };                                                                                                          \
-  struct alignas(align4) name##4 {                                                                            \
-    T x, y, z, w;                                                                                             \
-  };                                                                                                          \
-  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }                                               \
+#define SIMT_VECTOR_TYPES(name, T, align2, align4)              \
+  struct alignas(align2) name##2 { T x, y; };                   \
+  struct name##3 { T x, y, z; };                                \
+  struct alignas(align4) name##4 { T x, y, z, w; };             \
+  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; } \
   constexpr name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTOR_TYPES(float, float, 8, 16)
 SIMT_VECTOR_TYPES(int, int, 8, 16)

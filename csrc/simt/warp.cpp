@@ -49,9 +49,8 @@ void finish_shuffle(const WarpOperation& operation) {
     const int source = source_lane(static_cast<int>(i), self);
     if (!(operation.mask >> source & 1)) {
       Machine& m = machine();
-      m.fail(m.warp_thread(i),
-             std::string(operation.name) + " [" + operation.site.text() + "] reads lane " + std::to_string(source) +
-                 ", which its mask does not name");
+      m.fail(m.warp_thread(i), std::string(operation.name) + " [" + operation.site.text() + "] reads lane " +
+                                   std::to_string(source) + ", which its mask does not name");
     }
     self.result = lane(operation, static_cast<unsigned>(source)).value;
   });
@@ -116,7 +115,8 @@ void finish_sync(const WarpOperation& operation) {
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int argument, int width, Site site) {
   constexpr const char* names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
   const char* name = names[static_cast<int>(kind)];
-  if (width < 1 || width > 32 || (width & (width - 1)) || (kind != Shuffle::kIndex && (argument < 0 || argument > 31))) {
+  if (width < 1 || width > 32 || (width & (width - 1)) ||
+      (kind != Shuffle::kIndex && (argument < 0 || argument > 31))) {
     fail(std::string(name) + " [" + site.text() + "] with width " + std::to_string(width) + " and " +
          std::to_string(argument) + ": the width is a power of two up to 32, a distance is 0 ... 31");
   }

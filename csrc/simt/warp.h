@@ -31,10 +31,10 @@ T shuffled(Shuffle kind, uint32_t mask, T value, int argument, int width, Site s
 
 }  // namespace simt
 
-#define SIMT_SHUFFLE(name, kind, Argument)                                                                      \
-  template <typename T>                                                                                         \
-  T name(unsigned mask, T value, Argument argument, int width = 32, simt::Site site = simt::Site::here()) {     \
-    return simt::shuffled(simt::Shuffle::kind, mask, value, static_cast<int>(argument), width, site);           \
+#define SIMT_SHUFFLE(name, kind, Argument)                                                                  \
+  template <typename T>                                                                                     \
+  T name(unsigned mask, T value, Argument argument, int width = 32, simt::Site site = simt::Site::here()) { \
+    return simt::shuffled(simt::Shuffle::kind, mask, value, static_cast<int>(argument), width, site);       \
   }
 SIMT_SHUFFLE(__shfl_sync, kIndex, int)
 SIMT_SHUFFLE(__shfl_up_sync, kUp, unsigned)
@@ -42,9 +42,9 @@ SIMT_SHUFFLE(__shfl_down_sync, kDown, unsigned)
 SIMT_SHUFFLE(__shfl_xor_sync, kXor, int)
 #undef SIMT_SHUFFLE
 
-#define SIMT_REDUCE(name, kind, T)                                                                                   \
-  inline T name(unsigned mask, T value, simt::Site site = simt::Site::here()) {                                      \
-    return static_cast<T>(simt::reduce(simt::Reduce::kind, mask, static_cast<uint32_t>(value), site));               \
+#define SIMT_REDUCE(name, kind, T)                                                                     \
+  inline T name(unsigned mask, T value, simt::Site site = simt::Site::here()) {                        \
+    return static_cast<T>(simt::reduce(simt::Reduce::kind, mask, static_cast<uint32_t>(value), site)); \
   }
 SIMT_REDUCE(__reduce_add_sync, kAdd, unsigned)
 SIMT_REDUCE(__reduce_add_sync, kAddSigned, int)

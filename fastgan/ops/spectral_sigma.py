@@ -14,7 +14,12 @@ from fastgan.ops._library import define
 from fastgan.reference import spectral_sigma as reference
 
 _NAME = "spectral_sigma"
-_CAN_RUN = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
+_CAN_RUN = {
+    "cuda": backends.cuda_can_run,
+    "triton": backends.triton_can_run,
+    "cpp": backends.cpp_can_run,
+    "reference": backends.always,
+}
 
 
 def spectral_sigma(
@@ -36,7 +41,8 @@ def spectral_sigma(
     rows and the other axes, in their order, as columns. The C++ backend reads each weight once per iteration, in the
     layout it has (contiguous, channels_last or strided: nothing is copied as a whole), and its results do not depend on
     the number of threads. The Triton backend does an iteration of all layers in one launch (kernels/spectral_sigma.py
-    says what it copies); its results are the same bits at every call.
+    says what it copies); its results are the same bits at every call. So are those of the CUDA backend, which is chosen
+    only by name (csrc/cuda/spectral_sigma.cuh).
 
     Args:
         weights: one tensor per layer, of any rank ≥ 2 and any shapes, all of one dtype (float64, float32, bfloat16,
@@ -77,7 +83,8 @@ def spectral_sigma(
             weights, us, vs, n_iter=n_iter, order=order, eps=eps, dims=dims
         )
     else:
-        sigma, u, v = _sigma(weights, us, vs, n_iter, order == "hook", eps, dims)
+        compute = _sigma_cuda if chosen == "cuda" else _sigma
+        sigma, u, v = compute(weights, us, vs, n_iter, order == "hook", eps, dims)
         new_us, new_vs = u.split(rows), v.split(columns)
     if n_iter > 0:
         with torch.no_grad():
@@ -281,15 +288,27 @@ _sigma_bwd = define(
     backward=_bwd_backward,
     triton="spectral_sigma.spectral_sigma_bwd",
 )
+_SCHEMA = (
+    "(Tensor[] weights, Tensor[] us, Tensor[] vs, int n_iter, bool hook, float eps, int[] dims)"
+    " -> (Tensor sigma, Tensor u, Tensor v)"
+)
 _sigma = define(
     "spectral_sigma",
-    "(Tensor[] weights, Tensor[] us, Tensor[] vs, int n_iter, bool hook, float eps, int[] dims)"
-    " -> (Tensor sigma, Tensor u, Tensor v)",
+    _SCHEMA,
     fallback=_fallback,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
     triton="spectral_sigma.spectral_sigma",
+)
+# The same op on CUDA C++: Triton's kernel has the other one's place on the GPU.
+_sigma_cuda = define(
+    "spectral_sigma_cuda",
+    _SCHEMA,
+    fallback=_fallback,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 _known = define(
     "spectral_sigma_known",

@@ -1,5 +1,5 @@
-// Kernels with a planted bug, each beside its corrected twin, for test_simt_checks.py: with kBug they must be found out,
-// without it they must pass.
+// Kernels with a planted bug, each beside its corrected twin, for test_simt_checks.py: with kBug they must be found
+// out, without it they must pass.
 //
 // One block of 64 threads unless said otherwise; x and y are float32 [64] or more.
 
@@ -286,8 +286,8 @@ __global__ void blocks_write_the_same(const float* x, float* y) {
   y[threadIdx.x + (kBug ? 0 : blockIdx.x * blockDim.x)] = x[threadIdx.x];
 }
 
-// The sum of all blocks by the last one to arrive. kBug: 1 leaves out the fence before the arrival, 2 the one behind it,
-// 3 the barrier between the other threads' writes and the fence.
+// The sum of all blocks by the last one to arrive. kBug: 1 leaves out the fence before the arrival, 2 the one behind
+// it, 3 the barrier between the other threads' writes and the fence.
 template <int kBug>
 __global__ void last_block(const float* x, float* y, float* partial, unsigned* counter) {
   FASTGAN_SHARED(bool, last, );

@@ -1,4 +1,4 @@
-"""One call of a kernel under AddressSanitizer: ``python sanitized_call.py LIBRARY FUNCTION BUG``, in a process of its own.
+"""One call of a kernel in a process of its own, under AddressSanitizer: ``python sanitized_call.py LIBRARY FUNCTION BUG``.
 
 The first report ends the process. test_simt_sanitized.py says which functions there are and what they take.
 """

@@ -48,7 +48,8 @@ __global__ void indices(int* y) {
   const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   int* row = y + 6 * (thread + blockDim.x * blockDim.y * blockDim.z * block);
-  row[0] = static_cast<int>(threadIdx.x), row[1] = static_cast<int>(threadIdx.y), row[2] = static_cast<int>(threadIdx.z);
+  row[0] = static_cast<int>(threadIdx.x), row[1] = static_cast<int>(threadIdx.y),
+  row[2] = static_cast<int>(threadIdx.z);
   row[3] = static_cast<int>(blockIdx.x), row[4] = static_cast<int>(blockIdx.y), row[5] = static_cast<int>(blockIdx.z);
 }
 
@@ -171,39 +172,46 @@ using In = simt::Buffer<const T>;
 template <typename T>
 using Out = simt::Buffer<T>;
 
-SIMT_EXPORT("shuffle", +[](In<int> x, Out<int> y, int kind, int argument, int width) {
-  simt::launch(1, 32, 0, shuffle, x.data, y.data, kind, argument, width);
-});
+SIMT_EXPORT(
+    "shuffle", +[](In<int> x, Out<int> y, int kind, int argument, int width) {
+      simt::launch(1, 32, 0, shuffle, x.data, y.data, kind, argument, width);
+    });
 SIMT_EXPORT("votes", +[](In<int> x, Out<unsigned> y) { simt::launch(1, 32, 0, votes, x.data, y.data); });
-SIMT_EXPORT("block_votes", +[](In<int> x, Out<int> y) {
-  simt::launch(1, static_cast<unsigned>(x.size), 0, block_votes, x.data, y.data);
-});
+SIMT_EXPORT(
+    "block_votes",
+    +[](In<int> x, Out<int> y) { simt::launch(1, static_cast<unsigned>(x.size), 0, block_votes, x.data, y.data); });
 SIMT_EXPORT("indices", +[](Out<int> y) { simt::launch(dim3(2, 3, 2), dim3(4, 3, 2), 0, indices, y.data); });
-SIMT_EXPORT("product_f16", +[](In<__half> a, In<__half> b, Out<float> y) {
-  simt::launch(1, 32, 0, product<__half>, a.data, b.data, y.data);
-});
-SIMT_EXPORT("product_bf16", +[](In<__nv_bfloat16> a, In<__nv_bfloat16> b, Out<float> y) {
-  simt::launch(1, 32, 0, product<__nv_bfloat16>, a.data, b.data, y.data);
-});
+SIMT_EXPORT(
+    "product_f16",
+    +[](In<__half> a, In<__half> b, Out<float> y) { simt::launch(1, 32, 0, product<__half>, a.data, b.data, y.data); });
+SIMT_EXPORT(
+    "product_bf16", +[](In<__nv_bfloat16> a, In<__nv_bfloat16> b, Out<float> y) {
+      simt::launch(1, 32, 0, product<__nv_bfloat16>, a.data, b.data, y.data);
+    });
 SIMT_EXPORT("matrices", +[](In<uint16_t> x, Out<unsigned> y) { simt::launch(1, 32, 0, matrices, x.data, y.data); });
-SIMT_EXPORT("pipeline", +[](In<float> x, Out<float> y) {
-  simt::launch(1, 64, 0, pipeline, x.data, y.data, static_cast<int>(x.size / 64));
-});
-SIMT_EXPORT("named_barriers", +[](In<float> x, Out<float> y) { simt::launch(1, 128, 0, named_barriers, x.data, y.data); });
-SIMT_EXPORT("atomics", +[](In<int> x, Out<int> y, Out<unsigned> z) {
-  simt::launch(1, static_cast<unsigned>(x.size), 0, atomics, x.data, y.data, z.data);
-});
-SIMT_EXPORT("vectors", +[](In<float> x, Out<float> y) {
-  simt::launch(1, static_cast<unsigned>(x.size / 4), 0, vectors, x.data, y.data);
-});
-SIMT_EXPORT("convert_f16", +[](In<float> x, Out<__half> y, Out<float> z) {
-  simt::launch(static_cast<unsigned>(x.size / 256), 256, 0, convert<__half>, x.data, y.data, z.data);
-});
-SIMT_EXPORT("convert_bf16", +[](In<float> x, Out<__nv_bfloat16> y, Out<float> z) {
-  simt::launch(static_cast<unsigned>(x.size / 256), 256, 0, convert<__nv_bfloat16>, x.data, y.data, z.data);
-});
-SIMT_EXPORT("group_sums", +[](In<float> x, Out<float> y) {
-  simt::launch(1, static_cast<unsigned>(x.size), 0, group_sums, x.data, y.data);
-});
+SIMT_EXPORT(
+    "pipeline", +[](In<float> x, Out<float> y) {
+      simt::launch(1, 64, 0, pipeline, x.data, y.data, static_cast<int>(x.size / 64));
+    });
+SIMT_EXPORT(
+    "named_barriers", +[](In<float> x, Out<float> y) { simt::launch(1, 128, 0, named_barriers, x.data, y.data); });
+SIMT_EXPORT(
+    "atomics", +[](In<int> x, Out<int> y, Out<unsigned> z) {
+      simt::launch(1, static_cast<unsigned>(x.size), 0, atomics, x.data, y.data, z.data);
+    });
+SIMT_EXPORT(
+    "vectors",
+    +[](In<float> x, Out<float> y) { simt::launch(1, static_cast<unsigned>(x.size / 4), 0, vectors, x.data, y.data); });
+SIMT_EXPORT(
+    "convert_f16", +[](In<float> x, Out<__half> y, Out<float> z) {
+      simt::launch(static_cast<unsigned>(x.size / 256), 256, 0, convert<__half>, x.data, y.data, z.data);
+    });
+SIMT_EXPORT(
+    "convert_bf16", +[](In<float> x, Out<__nv_bfloat16> y, Out<float> z) {
+      simt::launch(static_cast<unsigned>(x.size / 256), 256, 0, convert<__nv_bfloat16>, x.data, y.data, z.data);
+    });
+SIMT_EXPORT(
+    "group_sums",
+    +[](In<float> x, Out<float> y) { simt::launch(1, static_cast<unsigned>(x.size), 0, group_sums, x.data, y.data); });
 
 }  // namespace

@@ -1,7 +1,7 @@
 """Compiles a file of kernels for csrc/simt and loads it as a Python module; runs its functions under every schedule.
 
-csrc/simt/README.md says what is compiled with which flags and why. Objects are kept in build/simt by a hash of everything
-that goes into them, so that a change of one kernel costs the compilation of one file.
+csrc/simt/README.md says what is compiled with which flags and why. Objects are kept in build/simt by a hash of all that
+goes into them, so that a change of one kernel costs the compilation of one file.
 """
 
 from __future__ import annotations
@@ -110,8 +110,11 @@ def _unity(sources: list[Path]) -> Path:
 
 
 def build(source: Path, *, sanitize: bool = False) -> Path:
-    """The shared library of ``source``, the machine and the binding; with ``sanitize`` under AddressSanitizer and UBSan,
-    for a process that preloads them.
+    """The shared library of ``source``, the machine and the binding.
+
+    Args:
+        source: exports functions with SIMT_EXPORT.
+        sanitize: compile for AddressSanitizer and UBSan, for a process that preloads them.
     """
     simt = _headers(CSRC / "simt")
     everything = _headers(CSRC / "simt", CSRC / "cuda", source.parent)

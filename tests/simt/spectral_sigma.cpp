@@ -11,7 +11,8 @@ using fastgan::SigmaBatch;
 using fastgan::SigmaPlan;
 using fastgan::SigmaWeight;
 
-// shapes: per layer the number of dimensions, dim, all sizes, all strides. u and v: those of all layers behind each other.
+// shapes: per layer the number of dimensions, dim, all sizes, all strides. u and v: those of all layers behind each
+// other.
 template <typename T>
 void spectral_sigma(std::vector<simt::Buffer<const T>> weights, std::vector<int64_t> shapes,
                     std::vector<simt::Buffer<const float>> us, std::vector<simt::Buffer<const float>> vs, int n_iter,

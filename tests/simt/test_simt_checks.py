@@ -21,7 +21,7 @@ SAYS = {
     "shared_pointer": r"writes 4 bytes out of bounds: shared memory `tile`, 0 bytes past its end \(it has 256 bytes\)",
     "dynamic_shared_memory": r"writes 4 bytes out of bounds: shared memory `dynamic`, 0 bytes past its end",
     "uninitialised": r"thread \(0,0,0\): reads uninitialised shared memory `tile` at byte 0",
-    "global_overrun": r"thread \(63,0,0\): reads 4 bytes out of bounds: global memory `argument 0`, 0 bytes past its end",
+    "global_overrun": r"thread \(63,0,0\): reads 4 bytes out of bounds: global memory `argument 0`, 0 bytes past",
     "write_to_input": r"writes what is only to be read: global memory `argument 0`",
     "misaligned_vector": r"misaligned access to a '.*float4': the address is 4 bytes past a multiple of 16",
     "mask_without_own_lane": r"__shfl_down_sync \[planted.cpp:\d+\] with mask 0xfffffffe, which lacks its own lane 0",

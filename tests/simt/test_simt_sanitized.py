@@ -1,4 +1,4 @@
-"""Kernels under AddressSanitizer, told of every change of fibres, and UBSan: they report planted bugs and nothing else."""
+"""Kernels under AddressSanitizer, which is told of every change of fibres, and UBSan: planted bugs and nothing else."""
 
 from __future__ import annotations
 

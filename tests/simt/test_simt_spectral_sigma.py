@@ -110,7 +110,9 @@ def test_several_blocks_and_groups_read_each_weight_once(order: str) -> None:
 def test_a_long_row_is_read_once_where_a_tile_holds_it(shape: tuple[int, int], times: int) -> None:
     torch.manual_seed(2)
     weight = torch.randn(shape)
-    assert check([weight], [0], n_iter=1, order="parametrization", schedules=ONE_SCHEDULE) == [times * weight.numel() * 4]
+    assert check([weight], [0], n_iter=1, order="parametrization", schedules=ONE_SCHEDULE) == [
+        times * weight.numel() * 4
+    ]
     assert check([weight], [0], n_iter=0, order="parametrization", schedules=ONE_SCHEDULE) == [weight.numel() * 4]
 
 
