@@ -194,7 +194,8 @@ def choose(
 
     if _local.recording:
         reasons = {name: predicate(*args, **facts) for name, predicate in can_run.items()}
-        name = explicit or next(name for name in _by_default(op) if name in reasons and reasons[name] is None)
+        able = (name for name in DEFAULT_ORDER if name in reasons and reasons[name] is None)
+        name = explicit or next(name for name in able if (op, name) not in ONLY_IF_NAMED)
         raise _Recorded(Decision(op, name, chosen_by, reasons))
     if explicit is not None:
         reason = can_run[explicit](*args, **facts) if explicit in can_run else "it has no kernel for this op"
@@ -204,13 +205,9 @@ def choose(
     return _first_that_can(op, can_run, *args, **facts)
 
 
-def _by_default(op: str) -> list[str]:
-    return [name for name in DEFAULT_ORDER if (op, name) not in ONLY_IF_NAMED]
-
-
 def _first_that_can(op: str, can_run: Mapping[str, Callable[..., str | None]], *args: Any, **facts: Any) -> str:
-    for name in _by_default(op):
-        if name not in can_run:
+    for name in DEFAULT_ORDER:
+        if name not in can_run or (op, name) in ONLY_IF_NAMED:
             continue
         reason = can_run[name](*args, **facts)
         if reason is None:

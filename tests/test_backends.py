@@ -97,6 +97,24 @@ def test_explain_computes_nothing_and_checks_arguments():
     assert ops.scaled_conv2d(X, W).shape == (1, 4, 6, 6), "explain must not leave its recording behind"
 
 
+def test_a_kernel_that_has_not_won_yet_serves_only_where_it_is_named():
+    can_run = {"cuda": fastgan.backends.always, "triton": lambda: "not here", "reference": fastgan.backends.always}
+    assert fastgan.backends.choose("spectral_sigma", None, can_run) == "reference"
+    assert fastgan.backends.choose("spectral_sigma", "cuda", can_run) == "cuda"
+    assert fastgan.backends.choose("another_op", None, can_run) == "cuda"
+    decision = fastgan.backends.Decision("spectral_sigma", "reference", "default order", {"cuda": None})
+    assert "  cuda      can run, where it is named" in str(decision)
+
+
+def test_the_cuda_kernel_of_spectral_sigma_says_why_it_cannot_run():
+    arguments = [torch.ones(2, 3)], [torch.ones(2)], [torch.ones(3)]
+    with pytest.raises(ValueError, match=r"spectral_sigma: backend 'cuda' .* it runs on cuda tensors, got cpu"):
+        ops.spectral_sigma(*arguments, backend="cuda")
+    decision = fastgan.explain("spectral_sigma", *arguments)
+    assert decision.backend != "cuda"
+    assert decision.reasons["cuda"] == "it runs on cuda tensors, got cpu"
+
+
 def test_available_names_all_backends():
     assert list(fastgan.backends.available()) == ["reference", "cpp", "triton", "cuda"]
     assert fastgan.backends.available()["reference"] is None

@@ -54,3 +54,8 @@ def test_a_planted_bug_is_reported(library: Path, name: str) -> None:
 def test_the_corrected_twin_is_not(library: Path, name: str) -> None:
     done = call("sanitized_call.py", str(library), name, "0")
     assert (done.returncode, done.stdout) == (0, "came to its end\n"), done.stderr
+
+
+def test_a_real_kernel_is_not() -> None:
+    done = call("sanitized_call.py", str(simt_build.build(FOLDER / "spectral_sigma.cpp", sanitize=True)))
+    assert (done.returncode, done.stdout) == (0, "came to its end\n"), done.stderr
