@@ -106,7 +106,7 @@ def test_several_blocks_and_groups_read_each_weight_once(order: str) -> None:
         assert read == [w.numel() * w.element_size() for w in typed]
 
 
-@pytest.mark.parametrize(("shape", "times"), [((3, 8000), 1), ((2, 30011), 2), ((30011, 2), 1)])
+@pytest.mark.parametrize(("shape", "times"), [((3, 8000), 1), ((2, 30011), 2), ((2, 30016), 2), ((30011, 2), 1)])
 def test_a_long_row_is_read_once_where_a_tile_holds_it(shape: tuple[int, int], times: int) -> None:
     torch.manual_seed(2)
     weight = torch.randn(shape)
