@@ -1,5 +1,6 @@
 #include "pair_product.h"
 
+#include "fetch.h"
 #include "simd.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -77,9 +78,9 @@ FASTGAN_INLINE void pair_tile(const PairProducts& p, const W* weights, int64_t f
   FASTGAN_UNROLL
   for (int v = 0; v < kVectors; ++v) starts[v] = weights + 2 * p.columns[first + v];
   const int32_t* __restrict__ values = p.values;
+  const int64_t step = 2 * p.step;
   V sums[kRows][kVectors] = {};
-  for (int64_t k = 0, depth = p.depth, step = 2 * p.step; k < depth; ++k) {
-    if constexpr (kFetch) __builtin_prefetch(p.next + k * kPanelRows);
+  const auto multiply_row = [&](int64_t k) FASTGAN_LAMBDA_INLINE {
     V words[kVectors];
     FASTGAN_UNROLL
     for (int v = 0; v < kVectors; ++v) words[v] = load_words<Set, V>(starts[v] + k * step);
@@ -89,6 +90,11 @@ FASTGAN_INLINE void pair_tile(const PairProducts& p, const W* weights, int64_t f
       FASTGAN_UNROLL
       for (int v = 0; v < kVectors; ++v) sums[r][v] = Set::add(sums[r][v], value, words[v]);
     }
+  };
+  if constexpr (kFetch) {
+    fetch_and_multiply(p.next, weights + 2 * p.ahead, step, p.depth, multiply_row);
+  } else {
+    for (int64_t k = 0, depth = p.depth; k < depth; ++k) multiply_row(k);
   }
   FASTGAN_UNROLL
   for (int r = 0; r < kRows; ++r) {

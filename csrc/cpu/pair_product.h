@@ -25,6 +25,7 @@ struct PairProducts {
   int64_t sums_stride;
   bool overwrite;                 // = instead of +=
   const int32_t* next = nullptr;  // of kPanelRows rows: values to fetch from further caches meanwhile
+  int64_t ahead = 0;              // how many words behind these the weights lie that come after
 };
 void pair_products(const PairProducts& p);
 

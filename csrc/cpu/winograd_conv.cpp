@@ -260,6 +260,7 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
     }
     for (int64_t slab = 0; slab < slabs; slab += together) {
       const int64_t at = first_slab + slab, count_of_vectors = std::min(together, slabs - slab) * vectors;
+      const int64_t ahead = std::min(together, slabs - slab) * count * slab_;
       const auto weights_as = [&]<typename T>(Storage storage) -> const T* {
         return weights_.storage() == storage ? weights_.at<T>(product.matrix, first, count, at) : nullptr;
       };
@@ -276,7 +277,8 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
                          .sums = reinterpret_cast<int32_t*>(sums + tile * sum_row() + slab * slab_),
                          .sums_stride = sum_row(),
                          .overwrite = first == 0,
-                         .next = reinterpret_cast<const int32_t*>(from + (tile + kPanelRows) * kPanelStride)});
+                         .next = reinterpret_cast<const int32_t*>(from + (tile + kPanelRows) * kPanelStride),
+                         .ahead = ahead});
           continue;
         }
         panel_products({.weights = from + tile * kPanelStride,
@@ -291,7 +293,8 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
                         .sums = sums + tile * sum_row() + slab * slab_,
                         .sums_stride = sum_row(),
                         .overwrite = first == 0,
-                        .next = from + (tile + kPanelRows) * kPanelStride});
+                        .next = from + (tile + kPanelRows) * kPanelStride,
+                        .ahead = ahead});
       }
     }
   }

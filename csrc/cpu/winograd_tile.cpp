@@ -26,7 +26,7 @@ constexpr double kHashCost = 3;
 constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110, kTorchCallCost = 2.5e7;
 constexpr double kCostPerMs = 60e6;
 // The same for integers.
-constexpr double kWholeProductCost = 0.6, kWholeCost = 8, kWholeTileCost = 24;
+constexpr double kWholeProductCost = 0.67, kWholeSumCost = 27, kWholeCost = 4, kWholeTileCost = 19;
 
 // Quantised values at most.
 constexpr int64_t kLargestInput = 255, kLargestWeight = 127;
@@ -56,7 +56,7 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, Keeping kee
 double quantized_cost(const ConvPlan& conv, const WinogradPlan& plan) {
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
   const double depth = plan.depth, weight = plan.m == 1 ? kWholeCost / 2 : kWholeCost;
-  return kCallCost + plan.products * rows * tiles * (kWholeProductCost * depth + kSumCost) +
+  return kCallCost + plan.products * rows * tiles * (kWholeProductCost * depth + kWholeSumCost) +
          plan.weights * rows * depth * weight + plan.values * depth * tiles * kWholeTileCost;
 }
 

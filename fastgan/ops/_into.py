@@ -7,10 +7,10 @@ and how weights are stored: of "bf16", Winograd's tiles and few pixels are multi
 once and kept with the weight; the other algorithms read the weight as it is. ``_convolution_candidates`` says which can
 serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that ``scaled_conv2d`` would choose first.
 
-``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high at
-most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its values;
-sums are exact, everything behind them is float32. ``_quantized_tiles`` says which tiles can serve a call, in lines
-"tile<TAB>predicted ms", the one to choose first. These ops exist where the CPU library is loaded.
+``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high
+at most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its
+values; sums are exact, everything behind them is float32. ``_quantized_tiles`` says which tiles can serve a call, in
+lines "tile<TAB>predicted ms", the one to choose first. These ops exist where the CPU library is loaded.
 """
 
 from __future__ import annotations
