@@ -8,7 +8,7 @@
 #include <array>
 #include <limits>
 
-#include "algorithm.h"
+#include "conv_choice.h"
 #include "empty.h"
 #include "epilogue.h"
 #include "winograd.h"
@@ -45,7 +45,7 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
                            double residual_gain, const Tensor& out) {
   const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups};
   const Refusal refusal = refused_by_quantized_winograd(x, weight, geometry, tile);
-  STD_TORCH_CHECK(!refusal, "quantized_conv2d: it cannot serve this call: ", refusal.text);
+  STD_TORCH_CHECK(!refusal, "quantized_conv2d: it cannot serve this call: ", text_of(refusal));
   STD_TORCH_CHECK(low <= 0 && high >= 0 && low < high && high - low <= 255,
                   "quantized_conv2d: low and high must be at most 255 apart and have 0 between them, got ", low,
                   " and ", high);

@@ -83,7 +83,7 @@ def quantized_convolution(
     scaled = x if in_scale is None else x * in_scale[:, :, None, None]
     whole = torch.clamp(torch.round(scaled * (1 / step)), low, high)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    sums = torch.convolution(whole, weight.float(), None, *geometry)
+    sums = torch.convolution(whole, weight.to(x.dtype), None, *geometry)
     factor = step * weight_scale if out_scale is None else step * weight_scale * out_scale
     return apply_epilogue(
         sums * factor.view(-1, sums.shape[1], 1, 1),

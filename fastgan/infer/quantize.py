@@ -24,8 +24,8 @@ from fastgan.infer.nodes import is_a, name_of
 from fastgan.infer.verify import same_noise
 
 _LEVELS, _LARGEST_WEIGHT = 255, 127
-# Of what a layer reads in one call: so many values tell its distribution.
-_SAMPLES = 1 << 16
+# Of what a layer reads in all calls: so many values tell its distribution.
+_SAMPLES = 1 << 17
 # Of the largest values that were seen: where the range may end.
 _CLIPS = [1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
 
@@ -98,8 +98,15 @@ def best_steps(values: Tensor) -> Steps:
     low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
     if high - low < 1e-30:
         return Steps(1.0, -1, 1)
-    tried = [_steps(clip_low * low, clip_high * high) for clip_low in _CLIPS for clip_high in _CLIPS]
-    return min(set(tried), key=lambda steps: (steps.round(values) - values).square().mean().item())
+
+    def error(steps: Steps) -> float:
+        return (steps.round(values) - values).square().mean().item()
+
+    # Both ends together, then each on its own.
+    both = min(_CLIPS, key=lambda clip: error(_steps(clip * low, clip * high)))
+    of_high = min(_CLIPS, key=lambda clip: error(_steps(both * low, clip * high)))
+    of_low = min(_CLIPS, key=lambda clip: error(_steps(clip * low, of_high * high)))
+    return _steps(of_low * low, of_high * high)
 
 
 def _steps(low: float, high: float) -> Steps:
@@ -140,7 +147,8 @@ def _observe(
                 x, scale = kwargs["x"], kwargs.get("in_scale")
                 x = x if scale is None else x * scale[:, :, None, None]
                 values = x.flatten()
-                seen[n] += [values[:: max(1, values.numel() // _SAMPLES)], torch.stack([values.min(), values.max()])]
+                step = max(1, values.numel() * len(calls) // _SAMPLES)
+                seen[n] += [values[::step], torch.stack([values.min(), values.max()])]
             return super().run_node(n)
 
     for inputs in calls:
