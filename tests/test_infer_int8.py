@@ -5,92 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
+from quantized import check, convolve, expected, geometry, layer, tiles
 from torch import Tensor, fx, nn
 
 from bench.generators import UNet256, randomize
 from fastgan import _native, infer
 from fastgan.infer import engine
-from fastgan.infer.nodes import quantized_convolution
 from fastgan.infer.quantize import QuantizedLayers, Steps, best_steps, quantize_weight
 from fastgan.infer.verify import psnr
-from fastgan.ops import _into
 from tests.helpers import max_error
 
 LEAST_DB = QuantizedLayers.least_db
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels
-
-
-def layer(
-    n: int, c_in: int, c_out: int, size: tuple[int, int], kernel: int, *, transposed: bool = False
-) -> dict[str, Tensor]:
-    """Random x, weight and weight_scale."""
-    g = torch.Generator().manual_seed(c_in + 1000 * c_out)
-    channels = (c_in, c_out) if transposed else (c_out, c_in)
-    weight = torch.randint(-127, 128, (*channels, kernel, kernel), generator=g, dtype=torch.int8)
-    return {
-        "x": torch.randn(n, c_in, *size, generator=g),
-        "weight": weight,
-        "weight_scale": torch.rand(c_out, generator=g) + 0.1,
-    }
-
-
-def geometry(
-    stride: int = 1, padding: int = 0, output_padding: int = 0, *, transposed: bool = False, groups: int = 1
-) -> dict[str, Any]:
-    pairs = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": 1}
-    return {**{name: (value, value) for name, value in pairs.items()}, "transposed": transposed, "groups": groups}
-
-
-PLAIN = {"act": "linear", "alpha": 0.0, "gain": 1.0, "clamp": None, "residual_gain": 1.0}
-TENSORS = ("in_scale", "out_scale")
-SHIFTS = ("noise", "noise_strength", "bias", "residual")
-
-
-def convolve(tile: int, out: Tensor, *, steps: Steps, where: dict[str, Any], **k: Any) -> Tensor:
-    """The kernel, into ``out``."""
-    _into.quantized_conv2d_into(
-        *(k["x"], k["weight"], k["weight_scale"]),
-        *(k.get(name) for name in TENSORS),
-        *(steps.step, steps.low, steps.high),
-        *(k.get(name) for name in SHIFTS),
-        *where.values(),
-        tile,
-        *({name: k.get(name, default) for name, default in PLAIN.items()}).values(),
-        out,
-    )
-    return out
-
-
-def expected(*, steps: Steps, where: dict[str, Any], **k: Any) -> Tensor:
-    """The same in float64, but for what is rounded."""
-    doubles = {name: v.double() if isinstance(v, Tensor) and name != "weight" else v for name, v in k.items()}
-    scaled = k["x"] if k.get("in_scale") is None else k["x"] * k["in_scale"][:, :, None, None]
-    whole = torch.clamp(torch.round(scaled * (1 / steps.step)), steps.low, steps.high)
-    doubles["x"] = whole.double() * steps.step
-    doubles["in_scale"] = None
-    rounding = {"step": steps.step, "low": steps.low, "high": steps.high}
-    return quantized_convolution(**doubles, **rounding, **where)
-
-
-def tiles(weight: Tensor, x: Tensor, where: dict[str, Any]) -> list[int]:
-    return [tile for tile, _ in _into.quantized_tiles(x, weight, *where.values())]
-
-
-def check(k: dict[str, Any], where: dict[str, Any], steps: Steps) -> list[int]:
-    """Every tile that serves a call computes it; returns them."""
-    want = expected(steps=steps, where=where, **k)
-    found = tiles(k["weight"], k["x"], where)
-    for tile in found:
-        got = convolve(tile, torch.full_like(want, torch.nan, dtype=torch.float32), steps=steps, where=where, **k)
-        assert max_error(got, want) < 1e-6, tile
-    return found
 
 
 STEPS = Steps(0.02, -90, 165)
@@ -166,27 +97,6 @@ def test_halves_are_rounded_to_even_and_what_is_no_number_is_low() -> None:
     for tile in (1, 2):
         got = convolve(tile, torch.empty(1, 1, 3, len(x)), steps=Steps(1.0, -3, 7), where=geometry(1, 1), **k)
         assert got[0, 0, 1].tolist() == [0, 2, 2, 0, -2, 7, -3, 7, -3, -3, 3, 0]
-
-
-@st.composite
-def calls(draw: Any) -> tuple[dict[str, Any], dict[str, Any], Steps]:
-    kernel, stride = draw(st.sampled_from([(2, 1), (3, 1), (4, 1), (3, 2), (4, 2), (5, 2), (6, 2)]))
-    transposed = draw(st.booleans())
-    padding = draw(st.integers(0, kernel - 1))
-    output_padding = draw(st.integers(0, stride - 1)) if transposed else 0
-    least = 1 + padding if transposed else max(1, kernel - 2 * padding)
-    sizes = tuple(draw(st.integers(least, least + 9)) for _ in range(2))
-    channels = [draw(st.sampled_from([1, 3, 8, 16, 17, 40])) for _ in range(2)]
-    k = layer(draw(st.integers(1, 2)), *channels, sizes, kernel, transposed=transposed)
-    low = -draw(st.integers(0, 255))
-    steps = Steps(draw(st.floats(1e-3, 0.1)), low, low + 255 if low > -255 else 0)
-    return k, geometry(stride, padding, output_padding, transposed=transposed), steps
-
-
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(calls())
-def test_any_call(call: tuple[dict[str, Any], dict[str, Any], Steps]) -> None:
-    check(*call)
 
 
 @pytest.mark.parametrize(
