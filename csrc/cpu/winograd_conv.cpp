@@ -107,9 +107,23 @@ class Call {
     }
   }
 
+  // Some of a block's tiles, one behind the other.
+  struct Tiles {
+    int64_t first, count;
+  };
+
   // One product of matrices: of which of a tile's values, with which weights, into which sums.
   struct Product {
     int64_t value, matrix, sums;
+  };
+
+  // Of one product: `rows` tiles from `tiles` on times `count` words from `first` on of some slabs' weights.
+  struct Panel {
+    const float* tiles;
+    int64_t rows, matrix, slab, first, count;
+    const std::vector<int32_t>& columns;
+    int64_t vectors, ahead;
+    float* sums;
   };
 
   const WinogradKernels& kernels_of(const WinogradPlan::Form& form) const {
@@ -120,11 +134,12 @@ class Call {
   }
 
   void transform_input(const ScaledImage& x, const Block& block, Buffers& b) const;
-  void transform_tile(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
-                      float* to) const;
+  void transform_line(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
+                      const Tiles& tiles, float* to) const;
   void multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const;
   void multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
                         Buffers& b) const;
+  void multiply_panel(const Panel& p) const;
   void transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const;
   void write_lines(const Block& block, int64_t channel, Buffers& b) const;
 
@@ -209,11 +224,8 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
           float* const to = b.tiles + form.first * value + word / kPanelDepth * panels(block.tiles()) * kPanelSize +
                             word % kPanelDepth;
           for (int64_t l = 0; l < count; ++l) {
-            for (int64_t c = 0; c < block.columns; ++c) {
-              const int64_t tile = (done + l) * block.columns + c;
-              transform_tile(form, corner + l * step * row_stride + c * step * kGroup, row_stride, vectors,
-                             to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride);
-            }
+            transform_line(form, corner + l * step * row_stride, row_stride, vectors,
+                           {(done + l) * block.columns, block.columns}, to);
           }
         }
         k += plan_.part_depth;
@@ -222,13 +234,18 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
   }
 }
 
-void Call::transform_tile(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
-                          float* to) const {
+void Call::transform_line(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
+                          const Tiles& tiles, float* to) const {
   const int64_t row = plan_.stride * row_stride, column = plan_.stride * kGroup, value = tile_value();
-  if (quantization_) {
-    whole_of(form).input(corner, row, column, vectors, reinterpret_cast<int16_t*>(to), 2 * value);
-  } else {
-    kernels_of(form).input(corner, row, column, vectors, to, value);
+  const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
+  const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
+  for (int64_t tile = tiles.first; tile < tiles.first + tiles.count; ++tile, corner += plan_.m * column) {
+    float* const at = to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride;
+    if (whole) {
+      whole->input(corner, row, column, vectors, reinterpret_cast<int16_t*>(at), 2 * value);
+    } else {
+      floats->input(corner, row, column, vectors, at, value);
+    }
   }
 }
 
@@ -259,44 +276,57 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
       columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
     }
     for (int64_t slab = 0; slab < slabs; slab += together) {
-      const int64_t at = first_slab + slab, count_of_vectors = std::min(together, slabs - slab) * vectors;
-      const int64_t ahead = std::min(together, slabs - slab) * count * slab_;
-      const auto weights_as = [&]<typename T>(Storage storage) -> const T* {
-        return weights_.storage() == storage ? weights_.at<T>(product.matrix, first, count, at) : nullptr;
-      };
+      const int64_t of_slabs = std::min(together, slabs - slab);
       for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
-        if (quantization_) {
-          pair_products({.values = reinterpret_cast<const int32_t*>(from + tile * kPanelStride),
-                         .rows = std::min(kPanelRows, tiles - tile),
-                         .step = slab_,
-                         .depth = count,
-                         .weights = weights_as.operator()<int16_t>(Storage::kInt16),
-                         .narrow_weights = weights_as.operator()<int8_t>(Storage::kInt8),
-                         .columns = columns.data(),
-                         .vectors = count_of_vectors,
-                         .sums = reinterpret_cast<int32_t*>(sums + tile * sum_row() + slab * slab_),
-                         .sums_stride = sum_row(),
-                         .overwrite = first == 0,
-                         .next = reinterpret_cast<const int32_t*>(from + (tile + kPanelRows) * kPanelStride),
-                         .ahead = ahead});
-          continue;
-        }
-        panel_products({.weights = from + tile * kPanelStride,
+        multiply_panel({.tiles = from + tile * kPanelStride,
                         .rows = std::min(kPanelRows, tiles - tile),
-                        .offsets = nullptr,
-                        .step = slab_,
-                        .depth = count,
-                        .image = weights_as.operator()<float>(Storage::kFloat),
-                        .narrow_image = weights_as.operator()<BFloat16>(Storage::kBfloat16),
-                        .columns = columns.data(),
-                        .vectors = count_of_vectors,
-                        .sums = sums + tile * sum_row() + slab * slab_,
-                        .sums_stride = sum_row(),
-                        .overwrite = first == 0,
-                        .next = from + (tile + kPanelRows) * kPanelStride,
-                        .ahead = ahead});
+                        .matrix = product.matrix,
+                        .slab = first_slab + slab,
+                        .first = first,
+                        .count = count,
+                        .columns = columns,
+                        .vectors = of_slabs * vectors,
+                        .ahead = of_slabs * count * slab_,
+                        .sums = sums + tile * sum_row() + slab * slab_});
       }
     }
+  }
+}
+
+void Call::multiply_panel(const Panel& p) const {
+  const auto weights_as = [&]<typename T>(Storage storage) -> const T* {
+    return weights_.storage() == storage ? weights_.at<T>(p.matrix, p.first, p.count, p.slab) : nullptr;
+  };
+  const float* const next = p.tiles + kPanelSize;
+  if (quantization_) {
+    pair_products({.values = reinterpret_cast<const int32_t*>(p.tiles),
+                   .rows = p.rows,
+                   .step = slab_,
+                   .depth = p.count,
+                   .weights = weights_as.operator()<int16_t>(Storage::kInt16),
+                   .narrow_weights = weights_as.operator()<int8_t>(Storage::kInt8),
+                   .columns = p.columns.data(),
+                   .vectors = p.vectors,
+                   .sums = reinterpret_cast<int32_t*>(p.sums),
+                   .sums_stride = sum_row(),
+                   .overwrite = p.first == 0,
+                   .next = reinterpret_cast<const int32_t*>(next),
+                   .ahead = p.ahead});
+  } else {
+    panel_products({.weights = p.tiles,
+                    .rows = p.rows,
+                    .offsets = nullptr,
+                    .step = slab_,
+                    .depth = p.count,
+                    .image = weights_as.operator()<float>(Storage::kFloat),
+                    .narrow_image = weights_as.operator()<BFloat16>(Storage::kBfloat16),
+                    .columns = p.columns.data(),
+                    .vectors = p.vectors,
+                    .sums = p.sums,
+                    .sums_stride = sum_row(),
+                    .overwrite = p.first == 0,
+                    .next = next,
+                    .ahead = p.ahead});
   }
 }
 
@@ -304,14 +334,16 @@ void Call::transform_output(const Block& block, int64_t channel, const float* su
   float* lines = b.lines.get();
   for (const auto& phase : plan_.phases) {
     const auto& form = plan_.forms[phase.form];
+    const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
+    const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
     for (int64_t l = 0; l < block.lines; ++l) {
       for (int64_t c = 0; c < block.columns; ++c) {
         const float* const from = sums + phase.first_product * sum_product() + (l * block.columns + c) * sum_row();
         float* const to = lines + l * plan_.m * line_row() + c * plan_.m;
-        if (quantization_) {
-          whole_of(form).output(reinterpret_cast<const int32_t*>(from), sum_product(), to, line_channel(), line_row());
+        if (whole) {
+          whole->output(reinterpret_cast<const int32_t*>(from), sum_product(), to, line_channel(), line_row());
         } else {
-          kernels_of(form).output(from, sum_product(), to, line_channel(), line_row());
+          floats->output(from, sum_product(), to, line_channel(), line_row());
         }
       }
     }
