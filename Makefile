@@ -6,6 +6,7 @@
 #   OUT      where the quickstart writes
 #   GPU_OUT  where gpu-check writes
 #   CASES    how many calls fuzz draws
+#   WORKERS  processes that test shares its tests among; they divide the cores
 #   ARGS     further arguments of quickstart, test, fuzz, sanitize, the benches and the GPU's two, for example ARGS="--data photos" or ARGS="-k patch_loss"
 
 VENV ?= .venv
@@ -15,6 +16,7 @@ OUT ?= quickstart
 ARGS ?=
 GPU_OUT ?= gpu-check.json
 CASES ?= 4000
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastgan-installed
@@ -41,8 +43,9 @@ $(STAMP): setup.py pyproject.toml $(CXX_SOURCES) | $(TORCH_STAMP)
 quickstart: setup
 	$(BIN)/fastgan quickstart --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
+# Threads that wait must not spin on cores that another process works on.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Calls of the CPU's ops that hypothesis draws anew at each run, values and gradients against float64; `make test` draws
 # the same 500 each time. A failing call is printed, and tried first the next time.

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from bench.generators import ResNet9, UNet256, randomize
 from fastgan import _native, infer
 from fastgan.infer import engine
-from fastgan.infer.narrow import LEAST_DB
+from fastgan.infer.narrow import NarrowWeights
 from fastgan.infer.verify import psnr
 from fastgan.ops import _into
 from tests.helpers import max_error
@@ -185,9 +185,9 @@ def test_picture_keeps_its_quality_and_the_report_says_it(
     with torch.no_grad():
         expected = model(photo)
     db = psnr(fast(photo), expected)
-    assert LEAST_DB <= db < 80
+    assert NarrowWeights.least_db <= db < 80
     assert fast.psnr["the example"] == pytest.approx(db, abs=0.1)
-    assert fast.psnr["noise"] >= LEAST_DB
+    assert fast.psnr["noise"] >= NarrowWeights.least_db
     assert "bf16" in storages(fast)
     assert not fast.kept
     text = str(fast.report())
@@ -236,7 +236,7 @@ def test_tuning_rounds_the_same_weights_and_leaves_nothing_behind(unet: tuple[UN
     """Weights are rounded in the graph: choices of algorithms leave the picture as good as it was."""
     model, photo = unet
     tuned = infer.optimize(model, (photo,), precision="bf16", tune=True)
-    assert min(tuned.psnr.values()) >= LEAST_DB
+    assert min(tuned.psnr.values()) >= NarrowWeights.least_db
     tuned.save(tmp_path / "tuned")
     assert tuned.memory().prepared == infer.load(tmp_path / "tuned").memory().prepared
     plain_weights = [n.target for n in tuned._captured.module.graph.nodes if n.meta.get("storage") == "bf16"]
@@ -276,11 +276,11 @@ def test_layers_that_harm_the_picture_stay_in_float32() -> None:
     model, x = Fragile().eval(), torch.randn(1, 3, 12, 12)
     fast = infer.optimize(model, (x,), precision="bf16")
     assert set(fast.kept) == {"plus: conv2d", "minus: conv2d"}
-    assert all(value < LEAST_DB for value in fast.kept.values())
-    assert min(fast.psnr.values()) >= LEAST_DB
+    assert all(value < NarrowWeights.least_db for value in fast.kept.values())
+    assert min(fast.psnr.values()) >= NarrowWeights.least_db
     with torch.no_grad():
-        assert psnr(fast(x), model(x)) >= LEAST_DB
-    assert "plus: conv2d stays in float32: its rounded weight alone leaves" in str(fast.report())
+        assert psnr(fast(x), model(x)) >= NarrowWeights.least_db
+    assert "plus: conv2d stays in float32: rounding it alone leaves" in str(fast.report())
     weights = {n.meta["storage"] for n in fast._captured.module.graph.nodes if n.meta.get("storage")}
     assert weights == {"fp32", "bf16"}
 

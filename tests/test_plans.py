@@ -42,7 +42,7 @@ def test_a_signature_is_checked_once(monkeypatch) -> None:
         {"clamp": 1.0},
         {"backend": "reference"},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_another_signature_is_checked_anew(change) -> None:
     assert counted() == 1

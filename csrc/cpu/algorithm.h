@@ -14,6 +14,7 @@ enum class Algorithm {
   kWinograd,
   kDirect,
   kTorch,
+  kQuantized,
   kUnfoldedWeightGrad,
   kDenseWeightGrad,
   kDirectWeightGrad,

@@ -8,10 +8,9 @@
 
 #include "large_buffer.h"
 #include "simd.h"
+#include "storage.h"
 
 namespace fastgan {
-
-enum class Storage { kFloat, kBfloat16 };
 
 // Memory for so many values that will be read for long, two in one float's place.
 inline LargeBuffer bf16_buffer(int64_t count) { return LargeBuffer(ceil_div(count, 2), true); }

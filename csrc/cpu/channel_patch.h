@@ -23,6 +23,12 @@ struct ChannelLine {
 };
 void gather_channels(const ChannelLine& line);
 
+// Floats as whole numbers: x stands as clamp(round(x * inverse), low, high), halves rounded to even; NaN is low.
+struct Quantization {
+  float inverse;  // of the step
+  float low, high;
+};
+
 class ChannelPatch {
  public:
   // Of images of h x w pixels with c channels; up to rows x columns of them.
@@ -32,6 +38,9 @@ class ChannelPatch {
   // outside the image, or no channel of it, is 0.
   void load(const ScaledImage& image, int64_t sample, int64_t channel, int64_t y, int64_t rows, int64_t x,
             int64_t columns);
+
+  // Rounds what was loaded to whole numbers.
+  void quantize(const Quantization& quantization, int64_t rows, int64_t columns);
 
   const float* data() const { return data_.get(); }
   int64_t row_stride() const { return row_stride_; }

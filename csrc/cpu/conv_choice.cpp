@@ -13,18 +13,6 @@
 namespace fastgan {
 namespace {
 
-void append(std::string& to, const Refusal& refusal) {
-  int64_t number = refusal.first;
-  for (const char* c = refusal.text; *c; ++c) {
-    if (*c != '#') {
-      to += *c;
-      continue;
-    }
-    to += std::to_string(number);
-    number = refusal.second;
-  }
-}
-
 std::string name_of(Algorithm algorithm, int64_t m, int64_t r) {
   std::string name(algorithm_name(algorithm));
   if (!m) return name;
@@ -43,8 +31,7 @@ std::string verdict(const Candidate& candidate) {
     if (candidate.refusal) text += ", but ";
   }
   if (candidate.refusal) {
-    text += "cannot serve: ";
-    append(text, candidate.refusal);
+    text += "cannot serve: " + text_of(candidate.refusal);
   }
   return text.empty() ? "taken wherever it can serve, by measured bounds" : text;
 }
@@ -69,6 +56,20 @@ Refusal refusal_of(Algorithm algorithm, const Tensor& x, const Tensor& weight, c
 }
 
 }  // namespace
+
+std::string text_of(const Refusal& refusal) {
+  std::string text;
+  int64_t number = refusal.first;
+  for (const char* c = refusal.text; *c; ++c) {
+    if (*c != '#') {
+      text += *c;
+      continue;
+    }
+    text += std::to_string(number);
+    number = refusal.second;
+  }
+  return text;
+}
 
 bool asks_for_high(const char* op, const std::string& precision) {
   STD_TORCH_CHECK(precision == "fp32" || precision == "high", op, ": precision must be one of fp32, high, got '",
@@ -113,9 +114,7 @@ ConvChoice chosen_convolution(const Tensor& x, const Tensor& weight, const ConvG
   for (const auto known : kConvolutions) {
     if (algorithm != algorithm_name(known)) continue;
     const Refusal refusal = refusal_of(known, x, weight, g);
-    std::string text;
-    if (refusal) append(text, refusal);
-    STD_TORCH_CHECK(!refusal, "scaled_conv2d: ", algorithm, " cannot serve this call: ", text);
+    STD_TORCH_CHECK(!refusal, "scaled_conv2d: ", algorithm, " cannot serve this call: ", text_of(refusal));
     return {known, tile};
   }
   STD_TORCH_CHECK(false, "scaled_conv2d: there is no algorithm '", algorithm, "'");

@@ -30,6 +30,9 @@ ConvChoice chosen_convolution(const Tensor& x, const Tensor& weight, const ConvG
 // The algorithms that can serve a float32 call, one line each: "name<TAB>tile<TAB>predicted ms", the chosen one first.
 std::string tell_candidates(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high);
 
+// A refusal's text with its numbers.
+std::string text_of(const Refusal& refusal);
+
 // The choice and the fate of each algorithm, one line each: the chosen one's name; then "name<TAB>why", for each.
 std::string tell(const ConvChoice& choice, const Candidates& told);
 

@@ -1,6 +1,11 @@
 #include "conv_geometry.h"
 
 namespace fastgan {
+namespace {
+
+constexpr Refusal kWrong{"torch has to say what is wrong with the arguments"};
+
+}  // namespace
 
 bool suggests_channels_last(const Tensor& t) {
   int64_t least = 0;
@@ -19,16 +24,9 @@ bool has_dense_kernels(const Tensor& weight) {
                                     weight.stride(0) == taps && weight.stride(1) == taps * weight.size(0));
 }
 
-Refusal refuse_unless_plain(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                            const ConvGeometry& g) {
-  constexpr Refusal kWrong{"torch has to say what is wrong with the arguments"};
-  const ScalarType dtype = x.scalar_type();
-  if (x.dim() != 4 || weight.dim() != 4 || weight.scalar_type() != dtype) return kWrong;
+Refusal refuse_unless_plain_shapes(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (x.dim() != 4 || weight.dim() != 4) return kWrong;
   if (weight.numel() == 0 || x.numel() == 0) return {"x or the weight is empty"};
-  const int64_t c_out = weight.size(g.transposed ? 1 : 0);
-  if (bias && (bias->scalar_type() != dtype || !bias->is_contiguous() || bias->dim() != 1 || bias->size(0) != c_out)) {
-    return kWrong;
-  }
   if (g.groups != 1) return {"it takes groups = 1, got #", g.groups};
   if (x.size(1) != weight.size(g.transposed ? 0 : 1)) return kWrong;
   for (const auto* pair : {&g.stride, &g.padding, &g.dilation, &g.output_padding}) {
@@ -42,9 +40,25 @@ Refusal refuse_unless_plain(const Tensor& x, const Tensor& weight, const std::op
   return {};
 }
 
+Refusal refuse_unless_plain(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const ConvGeometry& g) {
+  const ScalarType dtype = x.scalar_type();
+  if (const Refusal refusal = refuse_unless_plain_shapes(x, weight, g)) return refusal;
+  if (weight.scalar_type() != dtype) return kWrong;
+  const int64_t c_out = weight.size(g.transposed ? 1 : 0);
+  if (bias && (bias->scalar_type() != dtype || !bias->is_contiguous() || bias->dim() != 1 || bias->size(0) != c_out)) {
+    return kWrong;
+  }
+  return {};
+}
+
 Refusal refuse_unless_float_nchw(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (x.scalar_type() != ScalarType::Float) return {"it takes float32"};
   if (const Refusal refusal = refuse_unless_plain(x, weight, std::nullopt, g)) return refusal;
+  return refuse_unless_nchw(x, weight, g);
+}
+
+Refusal refuse_unless_nchw(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (suggests_channels_last(x) || suggests_channels_last(weight)) return {"it takes NCHW, got channels_last"};
   if (g.stride[0] != g.stride[1]) return {"it takes equal strides, got # and #", g.stride[0], g.stride[1]};
   return {};

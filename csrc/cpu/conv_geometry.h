@@ -32,7 +32,8 @@ bool suggests_channels_last(const Tensor& t);
 bool has_dense_kernels(const Tensor& weight);
 
 // Refuses what is no plain convolution: one whose arguments torch's convolution takes, without groups, and of which
-// something remains to compute.
+// something remains to compute. The first looks at the shapes alone.
+Refusal refuse_unless_plain_shapes(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 Refusal refuse_unless_plain(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             const ConvGeometry& g);
 
@@ -41,7 +42,9 @@ inline bool is_plain_convolution(const Tensor& x, const Tensor& weight, const st
   return !refuse_unless_plain(x, weight, bias, g);
 }
 
-// What the algorithms that multiply float images in NCHW refuse, beside what is no plain convolution.
+// What the algorithms that multiply images in NCHW refuse, beside what is no plain convolution.
+Refusal refuse_unless_nchw(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+// Both, and what is not float32.
 Refusal refuse_unless_float_nchw(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 }  // namespace fastgan

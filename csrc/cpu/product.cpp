@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bf16.h"
+#include "fetch.h"
 #include "simd.h"
 
 namespace fastgan {
@@ -45,10 +46,12 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, const T* image, int64_t f
     for (int64_t k = 0, depth = p.depth; k < depth; ++k) multiply_row(weights + k, starts, offsets[k], sums);
   } else {
     const int64_t step = p.step;
+    const auto multiply = [&](int64_t k) FASTGAN_LAMBDA_INLINE { multiply_row(weights + k, starts, k * step, sums); };
+    if constexpr (kFetch) {
+      fetch_and_multiply(p.next, image + p.ahead, step, p.depth, multiply);
+    } else {
 #pragma GCC unroll 2
-    for (int64_t k = 0, depth = p.depth; k < depth; ++k) {
-      if constexpr (kFetch) __builtin_prefetch(p.next + k * kPanelRows);
-      multiply_row(weights + k, starts, k * step, sums);
+      for (int64_t k = 0, depth = p.depth; k < depth; ++k) multiply(k);
     }
   }
   FASTGAN_UNROLL

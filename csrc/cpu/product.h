@@ -38,6 +38,7 @@ struct PanelProducts {
   int64_t sums_stride;
   bool overwrite;               // = instead of +=
   const float* next = nullptr;  // of kPanelRows rows: a panel to fetch from further caches meanwhile
+  int64_t ahead = 0;            // how many values behind these the image's lie that come after, to fetch as well
 };
 void panel_products(const PanelProducts& p);
 

@@ -26,6 +26,23 @@ constexpr Matrix<kColumns, kRows> transposed(const Matrix<kRows, kColumns>& matr
 template <int M, int R>
 struct Filter;
 
+// Nothing saved: every tap of a result is a product of its own.
+template <int R>
+struct Filter<1, R> {
+  static constexpr Matrix<1, R> ones() {
+    Matrix<1, R> matrix{};
+    for (int i = 0; i < R; ++i) matrix.at[0][i] = 1;
+    return matrix;
+  }
+  static constexpr Matrix<R, R> identity() {
+    Matrix<R, R> matrix{};
+    for (int i = 0; i < R; ++i) matrix.at[i][i] = 1;
+    return matrix;
+  }
+  static constexpr Matrix<1, R> a = ones();
+  static constexpr Matrix<R, R> g = identity(), b = identity();
+};
+
 // Points 0, 1, -1: only additions around the products.
 template <>
 struct Filter<2, 3> {
@@ -102,20 +119,43 @@ FASTGAN_INLINE void multiply(const Matrix<kRows, kColumns>& matrix, const V* fro
   }
 }
 
+// Registers of floats from memory of floats or integers, and to it.
+template <typename V>
+FASTGAN_INLINE V load_floats(const float* from) {
+  return load<V>(from);
+}
+template <typename V>
+FASTGAN_INLINE V load_floats(const int32_t* from) {
+  return __builtin_convertvector(load<register_t<int32_t, sizeof(V)>>(from), V);
+}
+template <typename V>
+FASTGAN_INLINE void store_floats(const V& values, float* to) {
+  store(values, to);
+}
+template <typename V>
+FASTGAN_INLINE void store_floats(const V& values, int16_t* to) {
+  const auto whole = __builtin_convertvector(values, register_t<int32_t, sizeof(V)>);
+  store(__builtin_convertvector(whole, register_t<int16_t, sizeof(V) / 2>), to);
+}
+
 // to = down values across^T, for every register of channels; at(i, j) are the values.
-template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename At>
+template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename At, typename To>
 FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across, At&& at,
-                              int64_t vectors, float* to, int64_t to_stride) {
+                              int64_t vectors, To* to, int64_t to_stride) {
   for (int64_t v = 0; v < vectors; ++v) {
     V values[kDown * kAcross], half[kDownRows * kAcross], results[kDownRows * kAcrossRows];
     FASTGAN_UNROLL
-    for (int k = 0; k < kDown * kAcross; ++k) values[k] = load<V>(at(k / kAcross, k % kAcross) + v * kLanes<V>);
+    for (int k = 0; k < kDown * kAcross; ++k) {
+      values[k] = load_floats<V>(at(k / kAcross, k % kAcross) + v * kLanes<V>);
+    }
     FASTGAN_UNROLL
     for (int j = 0; j < kAcross; ++j) multiply(down, values + j, kAcross, half + j, kAcross);
     FASTGAN_UNROLL
     for (int i = 0; i < kDownRows; ++i) multiply(across, half + i * kAcross, 1, results + i * kAcrossRows, 1);
     FASTGAN_UNROLL
-    for (int k = 0; k < kDownRows * kAcrossRows; ++k) store(results[k], to + k * to_stride + v * kLanes<V>);
+    for (int k = 0; k < kDownRows * kAcrossRows; ++k) {
+      store_floats(results[k], to + k * to_stride + v * kLanes<V>);
+    }
   }
 }
 
@@ -138,7 +178,8 @@ FASTGAN_INLINE void spread_channels(const float* from, float* to, int64_t channe
 
 template <typename V, int M, typename Down, typename Across>
 struct Transforms {
-  FASTGAN_INLINE static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,
+  template <typename To>
+  FASTGAN_INLINE static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, To* to,
                                    int64_t to_stride) {
     transform<V>(
         Down::b, Across::b, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return patch + i * row + j * column; }, vectors,
@@ -169,7 +210,8 @@ struct Transforms {
         to_stride);
   }
 
-  FASTGAN_INLINE static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {
+  template <typename Sum>
+  FASTGAN_INLINE static void output(const Sum* sums, int64_t stride, float* to, int64_t channel, int64_t row) {
     constexpr int kSums = std::size(Across::a.at[0]);
     alignas(64) float tile[M * M * kGroup];
     transform<V>(
@@ -200,7 +242,15 @@ struct Transforms {
     target static void taps(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) {   \
       Of::taps(sums, row, column, vectors, to, n);                                                                     \
     }                                                                                                                  \
+    target static void whole_input(const float* patch, int64_t row, int64_t column, int64_t vectors, int16_t* to,      \
+                                   int64_t n) {                                                                        \
+      Of::input(patch, row, column, vectors, to, n);                                                                   \
+    }                                                                                                                  \
+    target static void whole_output(const int32_t* sums, int64_t stride, float* to, int64_t channel, int64_t row) {    \
+      Of::output(sums, stride, to, channel, row);                                                                      \
+    }                                                                                                                  \
     static constexpr WinogradKernels kernels{input, weight, output};                                                   \
+    static constexpr WholeKernels whole{whole_input, weight, whole_output};                                            \
     static constexpr WinogradGradKernels grad_kernels{cotangent, taps};                                                \
   };
 
@@ -219,6 +269,15 @@ const WinogradKernels& kernels_of() {
   return Portable<M, Down, Across>::kernels;
 }
 
+template <int M, typename Down, typename Across>
+const WholeKernels& whole_kernels_of() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+  if (product_lanes() == 16) return Avx512<M, Down, Across>::whole;
+  if (product_lanes() == 8) return Avx2<M, Down, Across>::whole;
+#endif
+  return Portable<M, Down, Across>::whole;
+}
+
 template <typename Both, int M>
 const WinogradGradKernels& grad_kernels_of() {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
@@ -235,7 +294,29 @@ const WinogradKernels& kernels_of_two_taps(bool single_y, bool single_x) {
   return single_x ? kernels_of<M, Pair, Single<M>>() : kernels_of<M, Pair, Pair>();
 }
 
+template <int M>
+const WholeKernels& whole_kernels_of_two_taps(bool single_y, bool single_x) {
+  using Pair = Filter<M, 2>;
+  if (single_y) return single_x ? whole_kernels_of<M, Single<M>, Single<M>>() : whole_kernels_of<M, Single<M>, Pair>();
+  return single_x ? whole_kernels_of<M, Pair, Single<M>>() : whole_kernels_of<M, Pair, Pair>();
+}
+
 }  // namespace
+
+const WholeKernels& whole_kernels(int64_t m, int64_t r, bool single_y, bool single_x) {
+  if (r == 3) {
+    return m == 2 ? whole_kernels_of<2, Filter<2, 3>, Filter<2, 3>>()
+                  : whole_kernels_of<1, Filter<1, 3>, Filter<1, 3>>();
+  }
+  if (m == 1) return whole_kernels_of_two_taps<1>(single_y, single_x);
+  return m == 3 ? whole_kernels_of_two_taps<3>(single_y, single_x) : whole_kernels_of_two_taps<2>(single_y, single_x);
+}
+
+WholeFactors whole_factors(int64_t m, int64_t r) {
+  if (m == 1) return {1, 1, 1};
+  if (r == 3) return {4, 9, 4};
+  return {4, 4, m == 3 ? 4 : 1};
+}
 
 const WinogradKernels& winograd_kernels(int64_t m, int64_t r, bool single_y, bool single_x) {
   if (r == 3) return m == 4 ? kernels_of<4, Filter<4, 3>, Filter<4, 3>>() : kernels_of<2, Filter<2, 3>, Filter<2, 3>>();

@@ -31,6 +31,24 @@ struct WinogradKernels {
 // F(m x m, r x r), one of F(2,3), F(4,3), F(2,2), F(3,2); with r = 2 also for kernels of a single tap along an axis.
 const WinogradKernels& winograd_kernels(int64_t m, int64_t r, bool single_y, bool single_x);
 
+// The same for integers, which stay exact: a patch and taps hold whole numbers as floats; values and sums are integers,
+// and weights are multiplied by `weight_factor`, which makes whole numbers of them.
+struct WholeKernels {
+  // `to` and `to_stride` count integers.
+  void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, int16_t* to, int64_t to_stride);
+  void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
+  void (*output)(const int32_t* sums, int64_t stride, float* to, int64_t channel, int64_t row);
+};
+
+// F(m x m, r x r), one of F(1,2), F(2,2), F(3,2), F(1,3), F(2,3); those of m = 1 are the plain sums.
+const WholeKernels& whole_kernels(int64_t m, int64_t r, bool single_y, bool single_x);
+
+// How much of a whole number a transform makes at most, and what weights are multiplied by before.
+struct WholeFactors {
+  int64_t input, weight, weight_factor;
+};
+WholeFactors whole_factors(int64_t m, int64_t r);
+
 // What the gradient of the weight needs beside WinogradKernels' `input`: dg = G^T [ sum over tiles of (A dY A^T) (.)
 // (B^T d B) ] G.
 struct WinogradGradKernels {

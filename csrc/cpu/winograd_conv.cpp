@@ -7,155 +7,18 @@
 #include "winograd_conv.h"
 
 #include <algorithm>
-#include <array>
 
 #include "algorithm.h"
 #include "channel_patch.h"
-#include "kept_weights.h"
+#include "pair_product.h"
 #include "product.h"
 #include "winograd.h"
-#include "winograd_plan.h"
+#include "winograd_weights.h"
 
 namespace fastgan {
 namespace {
 
-// Behind each product's matrix one cache line: powers of two apart, the matrices would share one set of a cache.
-constexpr int64_t kLine = 16;
 constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
-constexpr int64_t kMostMatrices = 36;  // of a phase, those of F(4 x 4, 3 x 3)
-
-const WinogradKernels& kernels_of(const WinogradPlan& plan, const WinogradPlan::Form& form) {
-  return winograd_kernels(plan.m, plan.r, form.single_y, form.single_x);
-}
-
-// Output channels side by side in the products.
-int64_t slab_size() { return std::max(kGroup, product_lanes() * product_vectors()); }
-
-// Weights of all products, transformed, in the order in which they are read: [slabs / together, matrix of a phase,
-// chunk, together, depth of the chunk, slab].
-class WinogradWeights {
- public:
-  WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan, int64_t together, const Tensor& weight,
-                  const ConvGeometry& g, Storage storage)
-      : conv_(conv),
-        plan_(plan),
-        storage_(storage),
-        slab_(slab_size()),
-        together_(together),
-        size_(plan.depth * together * slab_ + kLine) {
-    // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.
-    const std::vector<int64_t> key{plan.m,
-                                   static_cast<int64_t>(storage),
-                                   together,
-                                   std::min(conv.out_stride, conv.h_out),
-                                   std::min(conv.out_stride, conv.w_out),
-                                   g.transposed,
-                                   g.stride[0],
-                                   g.padding[0],
-                                   g.padding[1],
-                                   weight.size(0),
-                                   weight.size(1),
-                                   weight.size(2),
-                                   weight.stride(0)};
-    data_ = made_of(weight.const_data_ptr<float>(), weight.numel(), key, [&] { return transformed(weight, g); });
-  }
-
-  Storage storage() const { return storage_; }
-
-  // Of the chunk of `count` from `first` on, in the storage that they are in.
-  const float* at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
-    return data_->get() + offset(matrix, first, count, slab);
-  }
-  const BFloat16* narrow_at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
-    return bf16_of(*data_) + offset(matrix, first, count, slab);
-  }
-
- private:
-  int64_t offset(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
-    return (slab / together_ * plan_.weights + matrix) * size_ + first * together_ * slab_ +
-           slab % together_ * count * slab_;
-  }
-
-  int64_t kernel_size() const { return (conv_.taps + 1) * kGroup; }
-  LargeBuffer transformed(const Tensor& weight, const ConvGeometry& g) const;
-
-  // Those of kGroup output channels from `place` on of a slab, and of input channels [first, first + count), from
-  // their kernels [count, taps + 1, kGroup].
-  void transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
-                       const LargeBuffer& to) const;
-  // `matrices` of them for one input channel, [matrix, kGroup], to their place in each matrix.
-  void narrow_group(const float* values, int64_t matrices, int64_t place, BFloat16* to) const;
-
-  const ConvPlan& conv_;
-  const WinogradPlan& plan_;
-  const Storage storage_;
-  const int64_t slab_, together_, size_;
-  std::shared_ptr<const LargeBuffer> data_;
-};
-
-LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometry& g) const {
-  const float* const values = weight.const_data_ptr<float>();
-  const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
-  const int64_t slabs = ceil_div(conv_.c_out, slab_), groups = slab_ / kGroup;
-  const int64_t values_in_all = ceil_div(slabs, together_) * plan_.weights * size_;
-  LargeBuffer result = storage_ == Storage::kFloat ? LargeBuffer(values_in_all, true) : bf16_buffer(values_in_all);
-  constexpr int64_t kChannels = 16;
-  const std::vector<float> ones(kGroup, 1.0f);
-  torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> kernels(kChannels * kernel_size());  // a tap of zeros behind each
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slab = task / groups, place = task % groups * kGroup, o = slab * slab_ + place;
-      for (int64_t first = 0; first < plan_.part_depth; first += kChannels) {
-        const int64_t count = std::min(kChannels, plan_.part_depth - first);
-        for (int64_t i = 0; i < count; ++i) {
-          gather_channels({.from = values + o * row + (first + i) * channel,
-                           .channel = row,
-                           .pixel = 1,
-                           .channels = first + i < conv_.c_in ? std::clamp<int64_t>(conv_.c_out - o, 0, kGroup) : 0,
-                           .pixels = conv_.taps,
-                           .scale = ones.data(),
-                           .to = kernels.data() + i * kernel_size()});
-        }
-        transform_group(kernels.data(), slab, place, first, count, result);
-      }
-    }
-  });
-  return result;
-}
-
-void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
-                                      const LargeBuffer& to) const {
-  const int64_t vectors = kGroup / product_lanes();
-  std::array<float, kMostMatrices * kGroup> values;
-  for (const auto& phase : plan_.phases) {
-    const auto& form = plan_.forms[phase.form];
-    const auto& transforms = kernels_of(plan_, form);
-    for (size_t part = 0; part < plan_.parts.size(); ++part) {
-      std::vector<int64_t> positions(phase.of_part[part]);
-      for (int64_t& position : positions) position *= kGroup;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t k = static_cast<int64_t>(part) * plan_.part_depth + first + i,
-                      chunk = k / kPanelDepth * kPanelDepth;
-        const int64_t length = std::min(kPanelDepth, plan_.depth - chunk);
-        const int64_t at = offset(phase.first_weight, chunk, length, slab) + (k - chunk) * slab_;
-        if (storage_ == Storage::kFloat) {
-          transforms.weight(kernels + i * kernel_size(), positions.data(), vectors, to.get() + at + place, size_);
-        } else {
-          transforms.weight(kernels + i * kernel_size(), positions.data(), vectors, values.data(), kGroup);
-          narrow_group(values.data(), plan_.matrices_of(form), place, bf16_of(to) + at);
-        }
-      }
-    }
-  }
-}
-
-void WinogradWeights::narrow_group(const float* values, int64_t matrices, int64_t place, BFloat16* to) const {
-  std::array<int64_t, kGroup> places;
-  for (int64_t c = 0; c < kGroup; ++c) places[c] = paired(place + c, product_lanes());
-  for (int64_t matrix = 0; matrix < matrices; ++matrix, values += kGroup, to += size_) {
-    for (int64_t c = 0; c < kGroup; ++c) to[places[c]] = BFloat16(values[c]);
-  }
-}
 
 // Sizes of one call.
 struct Blocking {
@@ -200,17 +63,19 @@ Blocking blocking_of_growing(ConvPlan conv, int64_t per_axis, int64_t m, Growing
 class Call {
  public:
   Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g, Storage storage,
-       GrowingTiles* growing = nullptr)
+       const Quantization* quantization, GrowingTiles* growing = nullptr)
       : conv_(conv),
+        quantization_(quantization),
         growing_(growing),
         first_channel_(growing ? growing->channels : 0),
         plan_(conv, taps_per_axis(conv, weight.size(2)), m),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
         slab_(slab_size()),
-        most_depth_(growing ? growing->most : plan_.depth),
+        per_word_(channels_per_word(storage)),
+        most_depth_(growing ? growing->most : plan_.depth / per_word_),
         blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, *growing)
-                          : blocking_of(conv, plan_, plan_.depth, torch::stable::get_num_threads())),
+                          : blocking_of(conv, plan_, most_depth_, torch::stable::get_num_threads())),
         weights_(conv, plan_, blocking_.slabs, weight, g, storage) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
@@ -242,40 +107,67 @@ class Call {
     }
   }
 
+  // Some of a block's tiles, one behind the other.
+  struct Tiles {
+    int64_t first, count;
+  };
+
   // One product of matrices: of which of a tile's values, with which weights, into which sums.
   struct Product {
     int64_t value, matrix, sums;
   };
 
+  // Of one product: `rows` tiles from `tiles` on times `count` words from `first` on of some slabs' weights.
+  struct Panel {
+    const float* tiles;
+    int64_t rows, matrix, slab, first, count;
+    const std::vector<int32_t>& columns;
+    int64_t vectors, ahead;
+    float* sums;
+  };
+
+  const WinogradKernels& kernels_of(const WinogradPlan::Form& form) const {
+    return winograd_kernels(plan_.m, plan_.r, form.single_y, form.single_x);
+  }
+  const WholeKernels& whole_of(const WinogradPlan::Form& form) const {
+    return whole_kernels(plan_.m, plan_.r, form.single_y, form.single_x);
+  }
+
   void transform_input(const ScaledImage& x, const Block& block, Buffers& b) const;
+  void transform_line(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
+                      const Tiles& tiles, float* to) const;
   void multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const;
   void multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
                         Buffers& b) const;
+  void multiply_panel(const Panel& p) const;
   void transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const;
   void write_lines(const Block& block, int64_t channel, Buffers& b) const;
 
   int64_t panels(int64_t tiles) const { return ceil_div(tiles, kPanelRows); }
   int64_t most_tiles() const { return blocking_.lines * blocking_.columns; }
   // [value, chunk, panel, kPanelRows, kPanelStride]
-  int64_t tile_value() const { return ceil_div(most_depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kLine; }
+  int64_t tile_value() const {
+    return ceil_div(most_depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kCacheLine;
+  }
   // [product, tile, slabs]
-  int64_t sum_row() const { return blocking_.slabs * slab_ + kLine; }
-  int64_t sum_product() const { return most_tiles() * sum_row() + kLine; }
+  int64_t sum_row() const { return blocking_.slabs * slab_ + kCacheLine; }
+  int64_t sum_product() const { return most_tiles() * sum_row() + kCacheLine; }
   // [phase, kGroup, line of tiles, m, columns of tiles, m]; a line's last tile is written as four columns.
   int64_t line_row() const { return blocking_.columns * plan_.m + 4 - plan_.m; }
-  int64_t line_channel() const { return blocking_.lines * plan_.m * line_row() + kLine; }
+  int64_t line_channel() const { return blocking_.lines * plan_.m * line_row() + kCacheLine; }
 
   const ConvPlan& conv_;
+  const Quantization* const quantization_;  // null: floats
   GrowingTiles* const growing_;
   const int64_t first_channel_;  // of x
   const WinogradPlan plan_;
-  const int64_t phases_, lanes_, slab_, most_depth_;
+  const int64_t phases_, lanes_, slab_, per_word_, most_depth_;
   const Blocking blocking_;
   const WinogradWeights weights_;
 };
 
 void Call::run(const ScaledImage& x, const PlanarResult& result) const {
-  count_winograd(plan_.m, plan_.r);
+  if (!quantization_) count_winograd(plan_.m, plan_.r);
   const int64_t all_lines = conv_.n * plan_.tiles_h, slabs = ceil_div(conv_.c_out, slab_);
   const int64_t line_blocks = blocking_.line_blocks, column_blocks = blocking_.column_blocks;
   // Where there are fewer blocks than threads, several threads transform the same tiles, each for its own channels.
@@ -320,26 +212,40 @@ void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b)
     for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
       b.patch.load(x, sample, channel - first_channel_, row * step + plan_.origin.y, (count - 1) * step + plan_.span.y,
                    block.column * step + plan_.origin.x, (block.columns - 1) * step + plan_.span.x);
+      if (quantization_) {
+        b.patch.quantize(*quantization_, (count - 1) * step + plan_.span.y, (block.columns - 1) * step + plan_.span.x);
+      }
       int64_t k = channel;
       for (const auto& part : plan_.parts) {
+        const int64_t word = k / per_word_;
         for (const auto& form : plan_.forms) {
-          const auto& kernels = kernels_of(plan_, form);
           const float* const corner = b.patch.data() + (part.y + form.y - plan_.origin.y) * row_stride +
                                       (part.x + form.x - plan_.origin.x) * kGroup;
-          float* const to =
-              b.tiles + form.first * value + k / kPanelDepth * panels(block.tiles()) * kPanelSize + k % kPanelDepth;
+          float* const to = b.tiles + form.first * value + word / kPanelDepth * panels(block.tiles()) * kPanelSize +
+                            word % kPanelDepth;
           for (int64_t l = 0; l < count; ++l) {
-            for (int64_t c = 0; c < block.columns; ++c) {
-              const int64_t tile = (done + l) * block.columns + c;
-              kernels.input(corner + l * step * row_stride + c * step * kGroup, plan_.stride * row_stride,
-                            plan_.stride * kGroup, vectors,
-                            to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride, value);
-            }
+            transform_line(form, corner + l * step * row_stride, row_stride, vectors,
+                           {(done + l) * block.columns, block.columns}, to);
           }
         }
         k += plan_.part_depth;
       }
     });
+  }
+}
+
+void Call::transform_line(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
+                          const Tiles& tiles, float* to) const {
+  const int64_t row = plan_.stride * row_stride, column = plan_.stride * kGroup, value = tile_value();
+  const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
+  const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
+  for (int64_t tile = tiles.first; tile < tiles.first + tiles.count; ++tile, corner += plan_.m * column) {
+    float* const at = to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride;
+    if (whole) {
+      whole->input(corner, row, column, vectors, reinterpret_cast<int16_t*>(at), 2 * value);
+    } else {
+      floats->input(corner, row, column, vectors, at, value);
+    }
   }
 }
 
@@ -360,8 +266,8 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
                             Buffers& b) const {
   const int64_t tiles = block.tiles(), vectors = slab_ / lanes_;
   float* const sums = b.sums.get() + product.sums * sum_product();
-  for (int64_t first = 0; first < plan_.depth; first += kPanelDepth) {
-    const int64_t count = std::min(kPanelDepth, plan_.depth - first);
+  for (int64_t first = 0; first < weights_.depth(); first += kPanelDepth) {
+    const int64_t count = std::min(kPanelDepth, weights_.depth() - first);
     const float* const from = b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
     // So many slabs of weights stay in the first-level cache while the tiles pass by.
     const int64_t together = std::max<int64_t>(1, kPanelDepth / count);
@@ -370,35 +276,75 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
       columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
     }
     for (int64_t slab = 0; slab < slabs; slab += together) {
-      const bool narrow = weights_.storage() == Storage::kBfloat16;
-      const int64_t at = first_slab + slab;
+      const int64_t of_slabs = std::min(together, slabs - slab);
       for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
-        panel_products({.weights = from + tile * kPanelStride,
+        multiply_panel({.tiles = from + tile * kPanelStride,
                         .rows = std::min(kPanelRows, tiles - tile),
-                        .offsets = nullptr,
-                        .step = slab_,
-                        .depth = count,
-                        .image = narrow ? nullptr : weights_.at(product.matrix, first, count, at),
-                        .narrow_image = narrow ? weights_.narrow_at(product.matrix, first, count, at) : nullptr,
-                        .columns = columns.data(),
-                        .vectors = std::min(together, slabs - slab) * vectors,
-                        .sums = sums + tile * sum_row() + slab * slab_,
-                        .sums_stride = sum_row(),
-                        .overwrite = first == 0,
-                        .next = from + (tile + kPanelRows) * kPanelStride});
+                        .matrix = product.matrix,
+                        .slab = first_slab + slab,
+                        .first = first,
+                        .count = count,
+                        .columns = columns,
+                        .vectors = of_slabs * vectors,
+                        .ahead = of_slabs * count * slab_,
+                        .sums = sums + tile * sum_row() + slab * slab_});
       }
     }
+  }
+}
+
+void Call::multiply_panel(const Panel& p) const {
+  const auto weights_as = [&]<typename T>(Storage storage) -> const T* {
+    return weights_.storage() == storage ? weights_.at<T>(p.matrix, p.first, p.count, p.slab) : nullptr;
+  };
+  const float* const next = p.tiles + kPanelSize;
+  if (quantization_) {
+    pair_products({.values = reinterpret_cast<const int32_t*>(p.tiles),
+                   .rows = p.rows,
+                   .step = slab_,
+                   .depth = p.count,
+                   .weights = weights_as.operator()<int16_t>(Storage::kInt16),
+                   .narrow_weights = weights_as.operator()<int8_t>(Storage::kInt8),
+                   .columns = p.columns.data(),
+                   .vectors = p.vectors,
+                   .sums = reinterpret_cast<int32_t*>(p.sums),
+                   .sums_stride = sum_row(),
+                   .overwrite = p.first == 0,
+                   .next = reinterpret_cast<const int32_t*>(next),
+                   .ahead = p.ahead});
+  } else {
+    panel_products({.weights = p.tiles,
+                    .rows = p.rows,
+                    .offsets = nullptr,
+                    .step = slab_,
+                    .depth = p.count,
+                    .image = weights_as.operator()<float>(Storage::kFloat),
+                    .narrow_image = weights_as.operator()<BFloat16>(Storage::kBfloat16),
+                    .columns = p.columns.data(),
+                    .vectors = p.vectors,
+                    .sums = p.sums,
+                    .sums_stride = sum_row(),
+                    .overwrite = p.first == 0,
+                    .next = next,
+                    .ahead = p.ahead});
   }
 }
 
 void Call::transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const {
   float* lines = b.lines.get();
   for (const auto& phase : plan_.phases) {
-    const auto& kernels = kernels_of(plan_, plan_.forms[phase.form]);
+    const auto& form = plan_.forms[phase.form];
+    const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
+    const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
     for (int64_t l = 0; l < block.lines; ++l) {
       for (int64_t c = 0; c < block.columns; ++c) {
-        kernels.output(sums + phase.first_product * sum_product() + (l * block.columns + c) * sum_row(), sum_product(),
-                       lines + l * plan_.m * line_row() + c * plan_.m, line_channel(), line_row());
+        const float* const from = sums + phase.first_product * sum_product() + (l * block.columns + c) * sum_row();
+        float* const to = lines + l * plan_.m * line_row() + c * plan_.m;
+        if (whole) {
+          whole->output(reinterpret_cast<const int32_t*>(from), sum_product(), to, line_channel(), line_row());
+        } else {
+          floats->output(from, sum_product(), to, line_channel(), line_row());
+        }
       }
     }
     lines += kGroup * line_channel();
@@ -444,14 +390,22 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    int64_t m, Storage storage, const PlanarResult& result) {
   const ConvPlan conv(x, weight, g);
-  Call(conv, m, weight, g, storage).run(ScaledImage(x, in_scale), result);
+  Call(conv, m, weight, g, storage, nullptr).run(ScaledImage(x, in_scale), result);
+}
+
+void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
+                             const ConvGeometry& g, int64_t m, const Quantization& quantization,
+                             const PlanarResult& result) {
+  const ConvPlan conv(x, weight, g);
+  Call(conv, m, weight, g, m == 1 ? Storage::kInt8 : Storage::kInt16, &quantization)
+      .run(ScaledImage(x, in_scale), result);
 }
 
 void growing_winograd_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m, GrowingTiles& tiles,
                            const PlanarResult& result) {
   ConvPlan conv(x, weight, g);
   conv.c_in = tiles.channels + x.size(1);
-  Call(conv, m, weight, g, Storage::kFloat, &tiles).run(ScaledImage(x, std::nullopt), result);
+  Call(conv, m, weight, g, Storage::kFloat, nullptr, &tiles).run(ScaledImage(x, std::nullopt), result);
   tiles.channels = conv.c_in;
 }
 

@@ -3,10 +3,11 @@
 
 #include <optional>
 
-#include "bf16.h"
+#include "channel_patch.h"
 #include "conv_geometry.h"
 #include "epilogue.h"
 #include "large_buffer.h"
+#include "storage.h"
 
 namespace fastgan {
 
@@ -37,6 +38,19 @@ struct GrowingTiles {
 // transformed weights stored in bfloat16 that rounding's, of 2^-9 each, comes on top.
 void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
                    int64_t m, Storage storage, const PlanarResult& result);
+
+// What direct_conv does with x rounded to whole numbers and a weight in int8, times
+// whole_factors(m, r).weight_factor (winograd.h), without the quantisation's step. Sums of integers are exact,
+// whichever the tile; those of m = 1 are the plain sums, of weights that stay in 8 bits.
+void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
+                             const ConvGeometry& g, int64_t m, const Quantization& quantization,
+                             const PlanarResult& result);
+
+// Why it cannot compute the call.
+Refusal refused_by_quantized_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m);
+
+// The tiles that can serve it, the one that should first, with their predicted times.
+Candidates quantized_tiles(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 // The tile size for such convolutions of x and what they add to it, in their order; 0 where they should be computed one
 // by one.

@@ -1,5 +1,6 @@
 // Which tile of Winograd's filtering a convolution should use, by what each costs.
 
+#include <algorithm>
 #include <limits>
 
 #include "algorithm.h"
@@ -8,6 +9,7 @@
 #include "direct_conv.h"
 #include "kept_weights.h"
 #include "product.h"
+#include "winograd.h"
 #include "winograd_conv.h"
 #include "winograd_plan.h"
 
@@ -23,6 +25,11 @@ constexpr double kHashCost = 3;
 // of y that a transposed one scatters its products to, and of a call with the pass over its result.
 constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110, kTorchCallCost = 2.5e7;
 constexpr double kCostPerMs = 60e6;
+// The same for integers.
+constexpr double kWholeProductCost = 0.67, kWholeSumCost = 27, kWholeCost = 4, kWholeTileCost = 19;
+
+// Quantised values at most.
+constexpr int64_t kLargestInput = 255, kLargestWeight = 127;
 
 // precision = "high": tiles of 4 are too inexact. Measured against float64 (bench/precision.py says how), their error
 // is 2.6e-6 to 7.5e-6 whatever the layer, up to 20 times that of torch's convolution, which lies anywhere from 2e-7 to
@@ -45,10 +52,16 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, Keeping kee
          plan.values * depth * tiles * kTileCost;
 }
 
-}  // namespace
+// Of integers: two products in one step of an instruction, and words of two channels to transform and to store.
+double quantized_cost(const ConvPlan& conv, const WinogradPlan& plan) {
+  const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
+  const double depth = plan.depth, weight = plan.m == 1 ? kWholeCost / 2 : kWholeCost;
+  return kCallCost + plan.products * rows * tiles * (kWholeProductCost * depth + kWholeSumCost) +
+         plan.weights * rows * depth * weight + plan.values * depth * tiles * kWholeTileCost;
+}
 
-Refusal refused_by_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+// What both kinds of tiles refuse.
+Refusal refuse_kernel(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
   if (g.dilation[0] != 1 || g.dilation[1] != 1)
     return {"it takes dilation = 1, got # and #", g.dilation[0], g.dilation[1]};
@@ -57,6 +70,45 @@ Refusal refused_by_winograd(const Tensor& x, const Tensor& weight, const ConvGeo
     return {"it takes kernels of 2 to 4 taps per stride, got # for stride #", weight.size(2), g.stride[0]};
   }
   return {};
+}
+
+}  // namespace
+
+Refusal refused_by_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+  return refuse_kernel(x, weight, g);
+}
+
+Refusal refused_by_quantized_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m) {
+  if (x.scalar_type() != ScalarType::Float) return {"it takes float32"};
+  if (weight.scalar_type() != ScalarType::Char) return {"it takes a weight in int8"};
+  if (!weight.is_contiguous()) return {"it takes a contiguous weight"};
+  if (const Refusal refusal = refuse_unless_plain_shapes(x, weight, g)) return refusal;
+  if (const Refusal refusal = refuse_unless_nchw(x, weight, g)) return refusal;
+  if (const Refusal refusal = refuse_kernel(x, weight, g)) return refusal;
+  const ConvPlan conv(x, weight, g);
+  const int64_t per_axis = taps_per_axis(conv, weight.size(2)), largest = per_axis == 3 ? 2 : 3;
+  if (m < 1 || m > largest) return {"it takes tiles of 1 to #, got #", largest, m};
+  const WinogradPlan plan(conv, per_axis, m);
+  const WholeFactors factors = whole_factors(m, plan.r);
+  const int64_t deepest = INT32_MAX / (kLargestInput * factors.input * kLargestWeight * factors.weight);
+  if (plan.depth > deepest) return {"its sums of # channels might not fit 32 bits: it takes #", plan.depth, deepest};
+  return {};
+}
+
+Candidates quantized_tiles(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  Candidates found;
+  for (const int64_t m : {1, 2, 3}) {
+    if (refused_by_quantized_winograd(x, weight, g, m)) continue;
+    const ConvPlan conv(x, weight, g);
+    const WinogradPlan plan(conv, taps_per_axis(conv, weight.size(2)), m);
+    found.push_back({.algorithm = Algorithm::kQuantized,
+                     .m = m,
+                     .r = plan.r,
+                     .predicted_ms = quantized_cost(conv, plan) / kCostPerMs});
+  }
+  std::ranges::sort(found, {}, &Candidate::predicted_ms);
+  return found;
 }
 
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool high,

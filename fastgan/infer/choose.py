@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastgan import _native
 from fastgan.infer import nodes
 from fastgan.infer.capture import constant_of
-from fastgan.infer.nodes import shape_of, storage_of
+from fastgan.infer.nodes import is_a, shape_of, storage_of
 from fastgan.infer.plan import Choice, Chooser
 from fastgan.infer.weights import frozen
 from fastgan.ops import _into
@@ -27,11 +28,33 @@ def candidates(node: fx.Node, precision: str) -> list[Choice]:
     """What can compute a convolution; the cost model's choice comes first."""
     k = node.kwargs
     x, weight = torch.empty(shape_of(k["x"]), dtype=torch.float32), constant_of(k["weight"])
+    if is_a(node, nodes.quantized_convolution):
+        return _quantized(x, weight, node)
     found = _into.convolution_candidates(x, weight, *(k[name] for name in nodes.GEOMETRY), precision)
     choices = [Choice(*one) for one in found]
     for choice in choices:
         choice.storage = _storage(choice, storage_of(node), weight.numel())
     return choices
+
+
+def _quantized(x: Tensor, weight: Tensor, node: fx.Node) -> list[Choice]:
+    found = _into.quantized_tiles(x, weight, *(node.kwargs[name] for name in nodes.GEOMETRY))
+    return [Choice("quantized_winograd", tile, ms, storage="int8" if tile == 1 else "int16") for tile, ms in found]
+
+
+def is_worth_quantizing(node: fx.Node, precision: str) -> bool:
+    """Whether a convolution can be computed in 8 bits, and is predicted to be faster then."""
+    weight = constant_of(node.kwargs["weight"])
+    if _native.cpu_library() is None or weight is None or node.kwargs["groups"] != 1:
+        return False
+    x = torch.empty(shape_of(node.kwargs["x"]), dtype=torch.float32)
+    quantized = _quantized(x, torch.empty_like(weight, dtype=torch.int8).contiguous(), node)
+    exact = candidates(node, precision)[0]
+    if not quantized or exact.algorithm == "direct_conv":
+        # Few channels on either side: the image is most of the work, and it is rounded first.
+        return False
+    # What has no prediction waits for its weights.
+    return exact.algorithm != "winograd" or quantized[0].predicted_ms < exact.predicted_ms
 
 
 def _storage(choice: Choice, of_weight: str, values: int) -> str:
@@ -58,7 +81,7 @@ def by_trying(precision: str, progress: Callable[[str], None] | None = None) -> 
     def choose(node: fx.Node) -> Choice:
         geometry = tuple(node.kwargs[name] for name in nodes.GEOMETRY)
         key = (shape_of(node.kwargs["x"]), shape_of(node), constant_of(node.kwargs["weight"]).shape, geometry)
-        key += (storage_of(node),)
+        key += (storage_of(node), node.target)
         if key not in known:
             known[key] = _timed(node, candidates(node, precision))
             if progress is not None:
@@ -74,15 +97,19 @@ def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
     k = node.kwargs
     x, out = torch.randn(shape_of(k["x"]), dtype=torch.float32), torch.empty(shape_of(node), dtype=torch.float32)
     scales = {name: None if k.get(name) is None else _like(k[name]) for name in ("in_scale", "out_scale")}
+    factors = (scales["in_scale"], scales["out_scale"])
     geometry = tuple(k[name] for name in nodes.GEOMETRY)
-    nothing = (None, None, None, None)
+    nothing, plain = (None, None, None, None), ("linear", 0.0, 1.0, None, 1.0)
 
     def call(choice: Choice, weight: Tensor) -> float:
         start = time.perf_counter()
-        _into.scaled_conv2d_into(
-            *(x, weight, scales["in_scale"], scales["out_scale"], *nothing, *geometry),
-            *(choice.algorithm, choice.tile, choice.storage, "linear", 0.0, 1.0, None, 1.0, out),
-        )
+        if is_a(node, nodes.quantized_convolution):
+            rounding = (k["step"], k["low"], k["high"])
+            arguments = (x, weight, constant_of(k["weight_scale"]), *factors, *rounding, *nothing, *geometry)
+            _into.quantized_conv2d_into(*arguments, choice.tile, *plain, out)
+        else:
+            how = (choice.algorithm, choice.tile, choice.storage)
+            _into.scaled_conv2d_into(x, weight, *factors, *nothing, *geometry, *how, *plain, out)
         return 1e3 * (time.perf_counter() - start)
 
     # What those that are not taken make of the weight must not stay.

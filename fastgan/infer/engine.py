@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,18 +17,22 @@ from torch.utils import _pytree as pytree
 
 from fastgan import _native
 from fastgan.infer import files
+from fastgan.infer.arguments import Arguments
 from fastgan.infer.capture import Captured, apart, capture
-from fastgan.infer.choose import by_cost, by_trying
+from fastgan.infer.choose import by_cost, by_trying, is_worth_quantizing
 from fastgan.infer.fold import crop_kernels, fold_constants, fold_factors, fold_upsampling
 from fastgan.infer.functional import CudaGraph, Functional, constants_in_channels_last
 from fastgan.infer.fuse import fuse, fuse_dense_blocks
+from fastgan.infer.lossy import LossyLayers
 from fastgan.infer.lower import lower, use_energies
-from fastgan.infer.narrow import LEAST_DB, NarrowWeights
+from fastgan.infer.narrow import NarrowWeights
 from fastgan.infer.plan import Chooser, hoist, make_program
+from fastgan.infer.quantize import QuantizedLayers
 from fastgan.infer.report import Memory, Report, Row, rows_of
 from fastgan.infer.run import Pool, Workspace
 from fastgan.infer.verify import (
     TOLERANCE,
+    TOLERANCE_LOSSY,
     check_finite,
     check_sample,
     largest_difference,
@@ -40,7 +45,8 @@ from fastgan.infer.verify import (
 )
 from fastgan.infer.weights import FrozenWeights, own_constants
 
-PRECISIONS = ("fp32", "high", "bf16")
+PRECISIONS = ("fp32", "high", "bf16", "int8")
+LOSSY = ("bf16", "int8")
 
 
 def optimize(
@@ -49,6 +55,7 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     precision: str = "fp32",
+    calibration: Sequence[tuple[Any, ...]] | None = None,
     tune: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> FastGenerator:
@@ -67,10 +74,14 @@ def optimize(
             changes of it do not reach the result.
         example_args, example_kwargs: a call of it. The result takes calls of the same shapes and dtypes, whose
             arguments that are no tensors have the same values.
-        precision: "fp32" (each convolution within 1e-5 of float64), "high" (within 3 times the error of torch's), or
-            "bf16": convolutions' weights stored in bfloat16, arithmetic in float32, for layers that wait for their
-            weights and for files of half the size. The result keeps a PSNR of 40 dB to the original, for which the
-            layers that harm it most stay in float32. On the CPU only.
+        precision: "fp32" (each convolution within 1e-5 of float64) or "high" (within 3 times the error of torch's).
+            On the CPU also "bf16": convolutions' weights stored in bfloat16, arithmetic in float32, for layers that
+            wait for their weights and for files of half the size; or "int8": weights and what convolutions read
+            rounded to 8 bits, sums exact, where the cost model has that for faster. Pictures keep a PSNR to the
+            original's of 40 and 35 dB, for which the layers that harm them most stay in float32.
+        calibration: of "int8", further calls that show what layers read: tuples like ``example_args``, each with
+            ``example_kwargs``. What lies beyond the range of the example's and theirs is cut off. Their pictures keep
+            the PSNR as well.
         tune: time every algorithm for each layer here and now, instead of trusting the cost model. Seconds.
         progress: called with a line for each layer that was tuned.
 
@@ -91,10 +102,13 @@ def optimize(
     """
     _check_call(model, example_args, precision)
     kwargs = dict(example_kwargs or {})
-    inputs = [leaf for leaf in pytree.tree_leaves((example_args, kwargs)) if isinstance(leaf, Tensor)]
+    leaves = pytree.tree_leaves((example_args, kwargs))
+    inputs = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
     device = _device_of(model, inputs)
-    if precision == "bf16" and device.type != "cpu":
-        raise ValueError(f"infer.optimize: precision 'bf16' takes a model on the CPU, got one on {device}")
+    if precision in LOSSY and device.type != "cpu":
+        raise ValueError(f"infer.optimize: precision {precision!r} takes a model on the CPU, got one on {device}")
+    if calibration and precision != "int8":
+        raise ValueError(f"infer.optimize: calibration is for precision 'int8', got it with {precision!r}")
     with apart(device.type):
         captured = capture(model, example_args, kwargs)
         check_finite(captured.module)
@@ -103,50 +117,86 @@ def optimize(
         simplify(captured.module, arithmetic)
         own_constants(captured.module, original)
         chooser = by_trying(arithmetic, progress) if tune else by_cost(arithmetic)
-        calls = {"the example": inputs, "noise": noise_like(inputs)}
-        calls = {name: [value.detach().contiguous() for value in values] for name, values in calls.items()}
-        if precision == "bf16":
-            fast = _narrowed(captured, original, calls, chooser)
+        noise = [value.contiguous() for value in noise_like(inputs)]
+        if precision in LOSSY:
+            # Noise reaches beyond the range that calibration finds, by intent.
+            others = {"noise": [noise]} if precision == "bf16" else {}
+            if calibration:
+                others["calibration"] = _calls_of(captured, calibration, kwargs)
+            fast = _lossy(captured, original, precision, chooser, {"the example": [inputs], **others}, noise)
         else:
             fast = FastGenerator(captured, precision, chooser, device)
             with fast.pool.borrow() as workspace:
-                for name, values in calls.items():
+                for name, values in {"the example": inputs, "noise": noise}.items():
                     fast.differences[name] = verify(workspace, original, values, tolerance_on(device, precision))
         with fast.pool.borrow() as workspace:
             fast._sample = take_sample(workspace, inputs)
     return fast
 
 
-def _narrowed(
-    captured: Captured, original: fx.GraphModule, calls: Mapping[str, Sequence[Tensor]], chooser: Chooser
+def _calls_of(
+    captured: Captured, calibration: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]
+) -> list[list[Tensor]]:
+    """The inputs of calibration calls; raises ValueError for one that is not like the example."""
+    arguments, calls = Arguments(captured, torch.device("cpu")), []
+    for number, args in enumerate(calibration):
+        if not isinstance(args, tuple):
+            raise ValueError(
+                f"infer.optimize: calibration[{number}] must be a tuple of arguments, got {type(args).__name__}"
+            )
+        try:
+            calls.append(arguments.inputs(args, kwargs))
+        except ValueError as error:
+            raise ValueError(f"infer.optimize: calibration[{number}]: {error}") from error
+    return calls
+
+
+def _lossy(
+    captured: Captured,
+    original: fx.GraphModule,
+    precision: str,
+    chooser: Chooser,
+    calls: Mapping[str, Sequence[Sequence[Tensor]]],
+    noise: Sequence[Tensor],
 ) -> FastGenerator:
-    """The program with weights in bfloat16, as many of them as the picture can bear."""
-    module, device = captured.module, torch.device("cpu")
+    """The program with as many layers in bfloat16 or int8 as the pictures of ``calls`` can bear."""
+    module = captured.module
     exact = Functional(make_program(module, lambda node: None, "fp32"), module, "fp32")
-    expected = {}
-    for name, values in calls.items():
-        # The passes alone: what a wrong one does might be less than what rounding may do.
+    # The passes alone: what a wrong one does might be less than what rounding may do.
+    for values in [noise, *(values for of_name in calls.values() for values in of_name)]:
         verify(exact, original, values, TOLERANCE)
-        expected[name] = results_of(exact, values)
-    weights = NarrowWeights(module)
+    expected = {name: [results_of(exact, values) for values in of_name] for name, of_name in calls.items()}
+    layers = _lossy_layers(module, precision, [values for of_name in calls.values() for values in of_name])
     while True:
-        fast = FastGenerator(captured, "bf16", chooser, device)
+        # Before the weights are frozen, so that nothing of another algorithm is kept with them.
+        rounded = results_of(exact, noise)
+        fast = FastGenerator(captured, precision, chooser, torch.device("cpu"))
+        worst: tuple[float, Sequence[Tensor], list[Any]] = (math.inf, noise, [])
         with fast.pool.borrow() as workspace:
-            for name, values in calls.items():
-                got = results_of(workspace, values)
-                fast.psnr[name] = least_psnr(got, expected[name])
-                fast.differences[name] = largest_difference(got, expected[name])
-            worst = min(fast.psnr, key=lambda name: fast.psnr[name])
-            if fast.psnr[worst] >= LEAST_DB:
-                break
-            if not weights.narrow:
-                # Nothing is rounded: the program must compute what the original does.
-                verify(workspace, original, calls[worst], TOLERANCE)
+            for name, of_name in calls.items():
+                found = [results_of(workspace, values) for values in of_name]
+                decibels = [least_psnr(got, want) for got, want in zip(found, expected[name], strict=True)]
+                fast.psnr[name] = min(decibels)
+                fast.differences[name] = max(map(largest_difference, found, expected[name]))
+                at = decibels.index(fast.psnr[name])
+                worst = min(worst, (decibels[at], of_name[at], expected[name][at]), key=lambda found: found[0])
+            if worst[0] >= layers.least_db or not layers.lossy:
+                # The kernels, by the graph that they are of.
+                tolerance = TOLERANCE_LOSSY if layers.lossy else TOLERANCE
+                if largest_difference(results_of(workspace, noise), rounded) > tolerance:
+                    verify(workspace, module, noise, tolerance)
                 break
         fast._weights.release()
-        weights.widen_most_harmful(partial(results_of, exact, calls[worst]), expected[worst], fast.psnr[worst])
-    fast.kept.update(weights.kept)
+        layers.give_up_most_harmful(partial(results_of, exact, worst[1]), worst[2], worst[0])
+    layers.drop_other_weights()
+    fast.kept.update(layers.kept)
     return fast
+
+
+def _lossy_layers(module: fx.GraphModule, precision: str, calls: Sequence[Sequence[Tensor]]) -> LossyLayers:
+    if precision == "bf16":
+        return NarrowWeights(module)
+    return QuantizedLayers(module, calls, partial(is_worth_quantizing, precision=arithmetic_of(precision)))
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> FastGenerator:
@@ -174,7 +224,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FastGenerat
 
 def arithmetic_of(precision: str) -> str:
     """The precision that the ops compute in."""
-    return "fp32" if precision == "bf16" else precision
+    return "fp32" if precision in LOSSY else precision
 
 
 def simplify(module: fx.GraphModule, precision: str) -> None:
@@ -220,7 +270,7 @@ class FastGenerator(nn.Module):
     Attributes:
         precision: as it was asked for.
         differences: how far results were from the original's when it was made, of the largest value.
-        psnr, kept: with weights in bfloat16, as :class:`fastgan.infer.Report` has them.
+        psnr, kept: of "bf16" and "int8", as :class:`fastgan.infer.Report` has them.
     """
 
     def __init__(self, captured: Captured, precision: str, choose: Chooser, device: torch.device) -> None:
@@ -231,9 +281,7 @@ class FastGenerator(nn.Module):
         self.kept: dict[str, float] = {}
         self._captured = captured
         self._sample: dict[str, Any] = {}
-        arguments = captured.in_spec.child(0)
-        plain = captured.in_spec.num_leaves == arguments.num_children and all(c.is_leaf() for c in arguments.children())
-        self._only_tensors = arguments.num_children if plain and all(leaf is None for leaf in captured.leaves) else None
+        self._arguments = Arguments(captured, device)
         self._device, module, arithmetic = device, captured.module.to(device), arithmetic_of(precision)
         planned = device.type == "cpu" and _native.cpu_library() is not None
         self._weights = FrozenWeights(module if planned else None)
@@ -252,7 +300,7 @@ class FastGenerator(nn.Module):
         Raises:
             ValueError: arguments that are not like the example's.
         """
-        results = self._run(self._inputs(args, kwargs))
+        results = self._run(self._arguments.inputs(args, kwargs))
         return pytree.tree_unflatten(results, self._captured.out_spec)
 
     def report(self) -> Report:
@@ -261,7 +309,7 @@ class FastGenerator(nn.Module):
 
     def profile(self, *args: Any, rounds: int = 10, **kwargs: Any) -> Report:
         """The report with every step's measured time: medians of ``rounds`` calls with these arguments."""
-        inputs, times = self._inputs(args, kwargs), [[] for _ in self.program.steps]
+        inputs, times = self._arguments.inputs(args, kwargs), [[] for _ in self.program.steps]
         last = 0.0
 
         def watch(number: int, _: Any) -> None:
@@ -316,47 +364,3 @@ class FastGenerator(nn.Module):
                 return self._run(inputs, watch)
         with torch.no_grad(), self.pool.borrow() as workspace:
             return workspace.run(inputs, watch)
-
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        leaves: Sequence[Any] = args
-        # What pytree would find as well, and takes as long for as a small layer.
-        if kwargs or len(args) != self._only_tensors or not all([isinstance(leaf, Tensor) for leaf in args]):
-            # By name they may come in any order; a graph knows one.
-            names = self._captured.in_spec.child(1).context or []
-            kwargs = {name: kwargs[name] for name in names} if set(names) == set(kwargs) else kwargs
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-        else:
-            spec = self._captured.in_spec
-        if spec != self._captured.in_spec:
-            raise ValueError(
-                f"infer: arguments must be those of the example, {_signature(self._captured.in_spec)}, got "
-                f"{_signature(spec)}"
-            )
-        inputs, expected = [], iter(self.program.inputs)
-        for number, (leaf, fixed) in enumerate(zip(leaves, self._captured.leaves, strict=True)):
-            if fixed is not None:
-                if type(leaf) is not type(fixed[0]) or leaf != fixed[0]:
-                    raise ValueError(
-                        f"infer: argument {number} must be {fixed[0]!r} as in the example, got {_told(leaf)}"
-                    )
-                continue
-            if not isinstance(leaf, Tensor):
-                raise ValueError(f"infer: argument {number} must be a tensor as in the example, got {leaf!r}")
-            _, shape, dtype = next(expected)
-            if tuple(leaf.shape) != shape or leaf.dtype != dtype or leaf.device.type != self._device.type:
-                raise ValueError(
-                    f"infer: argument {number} must be {list(shape)} of {dtype} on {self._device.type} as in the "
-                    f"example, got {list(leaf.shape)} of {leaf.dtype} on {leaf.device}; optimize once for each size"
-                )
-            inputs.append(leaf.detach().contiguous())
-        return inputs
-
-
-def _signature(spec: pytree.TreeSpec) -> str:
-    args, kwargs = spec.child(0), spec.child(1)
-    flat = all(child.is_leaf() for child in (*args.children(), *kwargs.children()))
-    return f"{args.num_children} positional and {sorted(kwargs.context or [])} by name" + ("" if flat else f": {spec}")
-
-
-def _told(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

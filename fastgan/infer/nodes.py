@@ -52,6 +52,45 @@ def convolution(
     return torch.ops.fastgan.scaled_conv2d(*tensors, *geometry, act, alpha, gain, clamp, residual_gain, False)[0]
 
 
+def quantized_convolution(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    step: float,
+    low: int,
+    high: int,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    output_padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    transposed: bool = False,
+    groups: int = 1,
+    act: str = "linear",
+    alpha: float = 0.0,
+    gain: float = 1.0,
+    clamp: float | None = None,
+    residual_gain: float = 1.0,
+) -> Tensor:
+    """``convolution`` of in_scale * x rounded to multiples of ``step``, low ... high of them, with weight_scale [C_out]
+    times a weight in int8."""
+    scaled = x if in_scale is None else x * in_scale[:, :, None, None]
+    whole = torch.clamp(torch.round(scaled * (1 / step)), low, high)
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    sums = torch.convolution(whole, weight.to(x.dtype), None, *geometry)
+    factor = step * weight_scale if out_scale is None else step * weight_scale * out_scale
+    return apply_epilogue(
+        sums * factor.view(-1, sums.shape[1], 1, 1),
+        Epilogue(noise, noise_strength, bias, act, alpha, gain, clamp, residual, residual_gain),
+    )
+
+
 def pointwise(
     *,
     x: Tensor,
@@ -137,9 +176,10 @@ def pad(*, x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
 
 
 FUSED = {
-    target.__name__: target for target in (convolution, pointwise, instance_norm, fir, dense_block, concatenate, pad)
+    target.__name__: target
+    for target in (convolution, quantized_convolution, pointwise, instance_norm, fir, dense_block, concatenate, pad)
 }
-_HAS_EPILOGUE = (convolution, pointwise, fir)
+_HAS_EPILOGUE = (convolution, quantized_convolution, pointwise, fir)
 
 
 def is_a(node: Any, *targets: Any) -> bool:

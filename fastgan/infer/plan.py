@@ -36,7 +36,7 @@ class Choice:
     tile: int
     predicted_ms: float  # by the cost model; 0 where it has none
     measured_ms: float | None = None  # with tune=True
-    storage: str = "fp32"  # or "bf16", of what the algorithm makes of the weight
+    storage: str = "fp32"  # of what the algorithm makes of the weight; or "bf16", "int16", "int8"
 
 
 @dataclass
@@ -155,7 +155,7 @@ class _Planner:
         steps = [step for node in self.nodes if node.op == "call_function" for step in self._steps_of(node)]
         views, results = self._place()
         self._release(steps)
-        constants = {self.slots[n]: constant_of(n) for n in self.nodes if n.op == "get_attr"}
+        constants = {self.slots[n]: constant_of(n) for n in self.nodes if n.op == "get_attr" and n.users}
         inputs = [(self.slots[n], shape_of(n), n.meta["val"].dtype) for n in self.nodes if n.op == "placeholder"]
         outputs = [Slot(self.slots[o]) if isinstance(o, fx.Node) else o for o in self.outputs]
         borrowed = {self.slots[o] for o in self.outputs if isinstance(o, fx.Node) and may_be_view(o)}
@@ -195,7 +195,7 @@ class _Planner:
             kernel = node.target
             return [Step(name_of(node), kernel, tuple(args), dict(kwargs), self.slots[node], node, [], reason)]
         kernel, arguments = _KERNELS[node.target]
-        choice = self.choose(node) if is_a(node, nodes.convolution) else None
+        choice = self.choose(node) if is_a(node, nodes.convolution, nodes.quantized_convolution) else None
         args = self._slotted(arguments(node, choice or Choice("torch", 0, 0.0), self.precision))
         fused = node.meta.get("fused", [])
         return [Step(name_of(node), kernel, tuple(args), {}, self.slots[node], node, fused, None, choice)]
@@ -289,6 +289,14 @@ def _convolution(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ..
     return (*tensors, *geometry, choice.algorithm, choice.tile, choice.storage, *_epilogue_settings(node))
 
 
+def _quantized_convolution(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
+    k = node.kwargs
+    tensors = (k["x"], k["weight"], k["weight_scale"], k.get("in_scale"), k.get("out_scale"))
+    geometry = tuple(k[name] for name in nodes.GEOMETRY)
+    rounding = (k["step"], k["low"], k["high"])
+    return (*tensors, *rounding, *_tensors(node), *geometry, choice.tile, *_epilogue_settings(node))
+
+
 def _pointwise(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     return (node.kwargs["x"], node.kwargs.get("out_scale"), *_tensors(node), *_epilogue_settings(node))
 
@@ -334,6 +342,7 @@ def _copy_channels(x: Tensor, first: int, out: Tensor) -> None:
 
 _KERNELS: dict[Any, tuple[Callable[..., Any], Callable[..., tuple[Any, ...]] | None]] = {
     nodes.convolution: (_into.scaled_conv2d_into, _convolution),
+    nodes.quantized_convolution: (_into.quantized_conv2d_into, _quantized_convolution),
     nodes.pointwise: (_into.epilogue_into, _pointwise),
     nodes.instance_norm: (_into.norm_act_into, _instance_norm),
     nodes.fir: (_into.upfirdn2d_into, _fir),

@@ -18,7 +18,7 @@ class Row:
         kind: the fused layer, or torch's operator.
         shape: of its result.
         fused: what it computes besides.
-        algorithm: of a convolution, with Winograd's tile, and "bf16" where it multiplies with weights stored so.
+        algorithm: of a convolution, with Winograd's tile, and how weights are stored if not in float32.
         ms: measured, or of a convolution predicted by the cost model; None where nothing is known.
         measured: whether ``ms`` was, by ``profile`` or while tuning.
         reason: why it is left to torch; None where a kernel of ours computes it.
@@ -39,8 +39,8 @@ class Report:
     """The rows and the largest differences from the original; ``str()`` is a table.
 
     Attributes:
-        psnr: with weights in bfloat16, the least PSNR of any result to the original's, in dB.
-        kept: layer -> the PSNR that rounding its weight alone leaves, of layers that stay in float32 for that reason.
+        psnr: of "bf16" and "int8", the least PSNR of any result to the original's, in dB.
+        kept: layer -> the PSNR that rounding it alone leaves, of layers that stay in float32 for that reason.
     """
 
     rows: tuple[Row, ...]
@@ -61,7 +61,7 @@ class Report:
         for name, value in self.psnr.items():
             lines.append(f"  PSNR {value:.1f} dB to the original on {name}")
         for layer, value in self.kept.items():
-            lines.append(f"  {layer} stays in float32: its rounded weight alone leaves {value:.1f} dB")
+            lines.append(f"  {layer} stays in float32: rounding it alone leaves {value:.1f} dB")
         for row in self.rows:
             time = "" if row.ms is None else f"{row.ms:.2f} ms {'measured' if row.measured else 'predicted'}"
             cells = [row.layer, "×".join(map(str, row.shape)), row.algorithm or row.kind, time]
@@ -104,7 +104,11 @@ def rows_of(program: Program, measured: Sequence[float] | None = None) -> tuple[
 def _algorithm(choice: Choice | None) -> str | None:
     if choice is None:
         return None
-    words = [choice.algorithm, f"m={choice.tile}" if choice.tile else "", "" if choice.storage == "fp32" else "bf16"]
+    words = [
+        choice.algorithm,
+        f"m={choice.tile}" if choice.tile else "",
+        "" if choice.storage == "fp32" else choice.storage,
+    ]
     return " ".join(word for word in words if word)
 
 

@@ -107,7 +107,7 @@ def _readings(module: fx.GraphModule) -> Iterator[int]:
 def _weight_names(graph: fx.Graph) -> list[str]:
     found: dict[str, None] = {}
     for node in graph.nodes:
-        weights = [node.kwargs["weight"]] if is_a(node, nodes.convolution) else []
+        weights = [node.kwargs["weight"]] if is_a(node, nodes.convolution, nodes.quantized_convolution) else []
         weights = list(node.kwargs["weights"]) if is_a(node, nodes.dense_block) else weights
         found.update({weight.target: None for weight in weights if constant_of(weight) is not None})
     return list(found)

@@ -5,8 +5,12 @@ gradient. Arguments are those of the ops of the same names, as their kernels tak
 ``_scaled_conv2d_into`` is told its algorithm, one of ``_native.ALGORITHMS``, the tile m of Winograd's F(m x m, r x r)
 and how weights are stored: of "bf16", Winograd's tiles and few pixels are multiplied with weights in bfloat16, rounded
 once and kept with the weight; the other algorithms read the weight as it is. ``_convolution_candidates`` says which can
-serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that
-``scaled_conv2d`` would choose first. These ops exist where the CPU library is loaded.
+serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that ``scaled_conv2d`` would choose first.
+
+``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high
+at most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its
+values; sums are exact, everything behind them is float32. ``_quantized_tiles`` says which tiles can serve a call, in
+lines "tile<TAB>predicted ms", the one to choose first. These ops exist where the CPU library is loaded.
 """
 
 from __future__ import annotations
@@ -30,6 +34,10 @@ for schema in (
     f" float fir_gain, {_EPILOGUE}, Tensor(a!) out) -> ()",
     "_dense_block_into(Tensor x, Tensor[] weights, Tensor[] biases, str act, float alpha, float gain,"
     " float residual_scale, str precision, Tensor(a!) out) -> ()",
+    "_quantized_conv2d_into(Tensor x, Tensor weight, Tensor weight_scale, Tensor? in_scale, Tensor? out_scale,"
+    " float step, int low, int high,"
+    f" {_SHIFTS}, {_GEOMETRY}, int tile, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    f"_quantized_tiles(Tensor x, Tensor weight, {_GEOMETRY}) -> str",
     f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
 ):
     LIBRARY.define(schema)
@@ -37,6 +45,7 @@ for schema in (
 _native.load()
 
 scaled_conv2d_into = torch.ops.fastgan._scaled_conv2d_into.default
+quantized_conv2d_into = torch.ops.fastgan._quantized_conv2d_into.default
 epilogue_into = torch.ops.fastgan._epilogue_into.default
 norm_act_into = torch.ops.fastgan._norm_act_into.default
 upfirdn2d_into = torch.ops.fastgan._upfirdn2d_into.default
@@ -47,3 +56,9 @@ def convolution_candidates(*args) -> list[tuple[str, int, float]]:
     """(algorithm, tile, predicted ms or 0) of each algorithm that can serve a call, the one to choose first."""
     lines = torch.ops.fastgan._convolution_candidates.default(*args).splitlines()
     return [(name, int(tile), float(ms)) for name, tile, ms in (line.split("\t") for line in lines)]
+
+
+def quantized_tiles(*args) -> list[tuple[int, float]]:
+    """(tile, predicted ms) of each that ``_quantized_conv2d_into`` can serve a call with, the best first."""
+    lines = torch.ops.fastgan._quantized_tiles.default(*args).splitlines()
+    return [(int(tile), float(ms)) for tile, ms in (line.split("\t") for line in lines)]

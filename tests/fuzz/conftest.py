@@ -1,17 +1,14 @@
-"""Says at the end how many cases were held to float64."""
+"""Tells tests/conftest.py how many cases were held to float64, from a worker of pytest-xdist or not."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 from oracle import cases_run
 
-_started = time.perf_counter()
 
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if cases_run:
-        seconds = time.perf_counter() - _started
-        parts = ", ".join(f"{name} {count}" for name, count in cases_run.most_common())
-        terminalreporter.write_line(f"fuzz: {cases_run.total()} cases in {seconds:.0f} s ({parts})")
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    worker = getattr(session.config, "workeroutput", None)
+    if worker is None:
+        session.config.fuzz_cases.update(cases_run)
+    else:
+        worker["fuzz"] = dict(cases_run)

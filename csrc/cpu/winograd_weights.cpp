@@ -1,0 +1,147 @@
+#include "winograd_weights.h"
+
+#include <algorithm>
+#include <array>
+
+#include "channel_patch.h"
+#include "kept_weights.h"
+#include "product.h"
+#include "winograd.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int64_t kMostMatrices = 36;  // of a phase, those of F(4 x 4, 3 x 3)
+
+bool is_whole(Storage storage) { return channels_per_word(storage) == 2; }
+
+// A contiguous weight of integers as floats, as long as it is transformed.
+LargeBuffer as_floats(const Tensor& weight) {
+  const auto* const from = static_cast<const int8_t*>(weight.data_ptr());
+  LargeBuffer values(weight.numel());
+  std::copy_n(from, weight.numel(), values.get());
+  return values;
+}
+
+}  // namespace
+
+int64_t slab_size() { return std::max(kGroup, product_lanes() * product_vectors()); }
+
+WinogradWeights::WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan, int64_t together, const Tensor& weight,
+                                 const ConvGeometry& g, Storage storage)
+    : conv_(conv),
+      plan_(plan),
+      storage_(storage),
+      per_word_(channels_per_word(storage)),
+      depth_(plan.depth / per_word_),
+      slab_(slab_size()),
+      together_(together),
+      size_(depth_ * together * slab_ + kCacheLine) {
+  // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.
+  const std::vector<int64_t> key{plan.m,
+                                 static_cast<int64_t>(storage),
+                                 together,
+                                 std::min(conv.out_stride, conv.h_out),
+                                 std::min(conv.out_stride, conv.w_out),
+                                 g.transposed,
+                                 g.stride[0],
+                                 g.padding[0],
+                                 g.padding[1],
+                                 weight.size(0),
+                                 weight.size(1),
+                                 weight.size(2),
+                                 weight.stride(0)};
+  data_ = made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key,
+                  [&] { return transformed(weight, g); });
+}
+
+int64_t WinogradWeights::kernel_size() const { return (conv_.taps + 1) * kGroup; }
+
+LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometry& g) const {
+  const LargeBuffer widened = is_whole(storage_) ? as_floats(weight) : LargeBuffer();
+  const float* const values = is_whole(storage_) ? widened.get() : weight.const_data_ptr<float>();
+  const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
+  const int64_t slabs = ceil_div(conv_.c_out, slab_), groups = slab_ / kGroup;
+  const int64_t words = ceil_div(slabs, together_) * plan_.weights * size_;
+  const bool half = storage_ == Storage::kBfloat16 || storage_ == Storage::kInt8;
+  LargeBuffer result(half ? ceil_div(words, 2) : words, true);
+  constexpr int64_t kChannels = 16;
+  const std::vector<float> ones(kGroup, 1.0f);
+  torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> kernels(kChannels * kernel_size());  // a tap of zeros behind each
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slab = task / groups, place = task % groups * kGroup, o = slab * slab_ + place;
+      for (int64_t first = 0; first < plan_.part_depth; first += kChannels) {
+        const int64_t count = std::min(kChannels, plan_.part_depth - first);
+        for (int64_t i = 0; i < count; ++i) {
+          gather_channels({.from = values + o * row + (first + i) * channel,
+                           .channel = row,
+                           .pixel = 1,
+                           .channels = first + i < conv_.c_in ? std::clamp<int64_t>(conv_.c_out - o, 0, kGroup) : 0,
+                           .pixels = conv_.taps,
+                           .scale = ones.data(),
+                           .to = kernels.data() + i * kernel_size()});
+        }
+        transform_group(kernels.data(), slab, place, first, count, result);
+      }
+    }
+  });
+  return result;
+}
+
+void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
+                                      const LargeBuffer& to) const {
+  for (const auto& phase : plan_.phases) {
+    for (size_t part = 0; part < plan_.parts.size(); ++part) {
+      std::vector<int64_t> positions(phase.of_part[part]);
+      for (int64_t& position : positions) position *= kGroup;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t channel = static_cast<int64_t>(part) * plan_.part_depth + first + i, k = channel / per_word_,
+                      chunk = k / kPanelDepth * kPanelDepth, length = std::min(kPanelDepth, depth_ - chunk);
+        const int64_t at = offset(phase.first_weight, chunk, length, slab) + (k - chunk) * slab_;
+        transform_channel(plan_.forms[phase.form], kernels + i * kernel_size(), positions.data(), at, place,
+                          channel % per_word_, to);
+      }
+    }
+  }
+}
+
+void WinogradWeights::transform_channel(const WinogradPlan::Form& form, const float* kernel, const int64_t* positions,
+                                        int64_t at, int64_t place, int64_t half, const LargeBuffer& to) const {
+  const int64_t vectors = kGroup / product_lanes(), matrices = plan_.matrices_of(form);
+  const auto transform = is_whole(storage_) ? whole_kernels(plan_.m, plan_.r, form.single_y, form.single_x).weight
+                                            : winograd_kernels(plan_.m, plan_.r, form.single_y, form.single_x).weight;
+  if (storage_ == Storage::kFloat) {
+    transform(kernel, positions, vectors, to.get() + at + place, size_);
+    return;
+  }
+  std::array<float, kMostMatrices * kGroup> values;
+  transform(kernel, positions, vectors, values.data(), kGroup);
+  const int64_t word = 2 * (at + place) + half;
+  switch (storage_) {
+    case Storage::kBfloat16:
+      return store_bf16(values.data(), matrices, place, bf16_of(to) + at);
+    case Storage::kInt16:
+      return store_whole(values.data(), matrices, reinterpret_cast<int16_t*>(to.get()) + word);
+    default:
+      return store_whole(values.data(), matrices, reinterpret_cast<int8_t*>(to.get()) + word);
+  }
+}
+
+void WinogradWeights::store_bf16(const float* values, int64_t matrices, int64_t place, BFloat16* to) const {
+  std::array<int64_t, kGroup> places;
+  for (int64_t c = 0; c < kGroup; ++c) places[c] = paired(place + c, product_lanes());
+  for (int64_t matrix = 0; matrix < matrices; ++matrix, values += kGroup, to += size_) {
+    for (int64_t c = 0; c < kGroup; ++c) to[places[c]] = BFloat16(values[c]);
+  }
+}
+
+template <typename T>
+void WinogradWeights::store_whole(const float* values, int64_t matrices, T* to) const {
+  const auto factor = static_cast<float>(whole_factors(plan_.m, plan_.r).weight_factor);
+  for (int64_t matrix = 0; matrix < matrices; ++matrix, values += kGroup, to += 2 * size_) {
+    for (int64_t c = 0; c < kGroup; ++c) to[2 * c] = static_cast<T>(factor * values[c]);
+  }
+}
+
+}  // namespace fastgan

@@ -1,0 +1,70 @@
+// Weights of Winograd's products: transformed, stored as it is asked for, and kept with the weight (kept_weights.h).
+#pragma once
+
+#include <memory>
+
+#include "bf16.h"
+#include "conv_plan.h"
+#include "large_buffer.h"
+#include "winograd_plan.h"
+
+namespace fastgan {
+
+// Floats of a cache line. One lies behind each product's matrix: powers of two apart, the matrices would share one set
+// of a cache.
+constexpr int64_t kCacheLine = 16;
+
+// Output channels side by side in the products.
+int64_t slab_size();
+
+// Input channels that are multiplied in one step: a word of a matrix is a float, or a pair of integers.
+inline int64_t channels_per_word(Storage storage) {
+  return storage == Storage::kInt16 || storage == Storage::kInt8 ? 2 : 1;
+}
+
+// In the order in which they are read: [slabs / together, matrix of a phase, chunk of kPanelDepth words, together,
+// depth of the chunk, slab].
+class WinogradWeights {
+ public:
+  // Of a float weight, or for storage in integers of one in int8, dense, contiguous.
+  WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan, int64_t together, const Tensor& weight,
+                  const ConvGeometry& g, Storage storage);
+
+  Storage storage() const { return storage_; }
+  int64_t depth() const { return depth_; }  // of the products, in words
+
+  // Of the chunk of `count` words from `first` on, in the storage that they are in.
+  template <typename T>
+  const T* at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
+    return reinterpret_cast<const T*>(data_->get()) + per_word_ * offset(matrix, first, count, slab);
+  }
+
+ private:
+  int64_t offset(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
+    return (slab / together_ * plan_.weights + matrix) * size_ + first * together_ * slab_ +
+           slab % together_ * count * slab_;
+  }
+
+  int64_t kernel_size() const;
+  LargeBuffer transformed(const Tensor& weight, const ConvGeometry& g) const;
+
+  // Those of kGroup output channels from `place` on of a slab, and of input channels [first, first + count), from
+  // their kernels [count, taps + 1, kGroup].
+  void transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
+                       const LargeBuffer& to) const;
+  // Those of one phase and one input channel.
+  void transform_channel(const WinogradPlan::Form& form, const float* kernel, const int64_t* positions, int64_t at,
+                         int64_t place, int64_t half, const LargeBuffer& to) const;
+  // `matrices` of them, [matrix, kGroup], to their place in each matrix.
+  void store_bf16(const float* values, int64_t matrices, int64_t place, BFloat16* to) const;
+  template <typename T>
+  void store_whole(const float* values, int64_t matrices, T* to) const;
+
+  const ConvPlan& conv_;
+  const WinogradPlan& plan_;
+  const Storage storage_;
+  const int64_t per_word_, depth_, slab_, together_, size_;
+  std::shared_ptr<const LargeBuffer> data_;
+};
+
+}  // namespace fastgan
