@@ -218,7 +218,7 @@ __device__ inline void sweep_sigma(const SigmaLayer& layer, int begin, int end, 
         second[threadIdx.x] += second[threadIdx.x + half];
       }
     }
-    __syncthreads();
+    // Each thread reads what it wrote itself.
     for (int b = threadIdx.x; b < spanned; b += kSigmaThreads) {
       partial[b] = second[b];
     }
