@@ -6,7 +6,7 @@
 #   OUT      where the quickstart writes
 #   GPU_OUT  where gpu-check writes
 #   CASES    how many calls fuzz draws
-#   WORKERS  processes that test shares its tests among; they divide the cores
+#   WORKERS  how many processes test runs in
 #   ARGS     further arguments of quickstart, test, fuzz, sanitize, the benches and the GPU's two, for example ARGS="--data photos" or ARGS="-k patch_loss"
 
 VENV ?= .venv

@@ -105,7 +105,9 @@ def _unity(sources: list[Path]) -> Path:
     KEPT.mkdir(parents=True, exist_ok=True)
     unity = KEPT / f"machine-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cpp"
     if not unity.exists():
-        unity.write_text(text)
+        partial = unity.with_suffix(f".{os.getpid()}.cpp")
+        partial.write_text(text)
+        partial.rename(unity)
     return unity
 
 
