@@ -264,6 +264,30 @@ def test_layers_without_a_kernel_in_8_bits_stay() -> None:
         assert psnr(fast(x), model(x)) >= LEAST_DB
 
 
+class Logarithm(nn.Module):
+    """A layer that reads minus infinity where a pixel is black, and one that reads none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 64, 4, 2, 1), nn.Conv2d(16, 64, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(torch.log(x)), self.second(x)
+
+
+def test_a_layer_that_reads_no_finite_values_stays() -> None:
+    torch.manual_seed(0)
+    model, x = Logarithm().eval(), torch.rand(1, 16, 64, 64)
+    x[0, 3, 20, 20] = 0
+    fast = infer.optimize(model, (x,), precision="int8")
+    assert len(quantized(fast)) == 1
+    with torch.no_grad():
+        for got, want in zip(fast(x), model(x), strict=True):
+            assert torch.equal(torch.isfinite(got), torch.isfinite(want))
+            finite = torch.isfinite(want)
+            assert psnr(got[finite], want[finite]) >= LEAST_DB
+
+
 class Fragile(nn.Module):
     """A difference of two layers that are nearly the same: what their rounding changes is all that is left."""
 

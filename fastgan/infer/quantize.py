@@ -36,7 +36,7 @@ class QuantizedLayers(LossyLayers):
     Args:
         module: the graph; it is changed.
         calls: the inputs of calls that show what layers read.
-        worth: whether a convolution would be faster in 8 bits.
+        worth: whether a convolution can be computed in 8 bits, and would be faster then.
     """
 
     least_db = 35.0
@@ -45,9 +45,10 @@ class QuantizedLayers(LossyLayers):
         self, module: fx.GraphModule, calls: Sequence[Sequence[Tensor]], worth: Callable[[fx.Node], bool]
     ) -> None:
         super().__init__(module)
-        found = [node for node in module.graph.nodes if is_a(node, nodes.convolution) and _has_own_weight(node)]
-        found = [node for node in found if worth(node)]
+        found = [node for node in module.graph.nodes if is_a(node, nodes.convolution) and worth(node)]
         observed = _observe(module, found, calls)
+        # No step reaches an infinite value.
+        found = [node for node in found if torch.isfinite(observed[node]).all()]
         made: dict[Any, tuple[fx.Node, fx.Node]] = {}
         self._nodes = {node.name: node for node in found}
         self._exact = {node.name: dict(node.kwargs) for node in found}
@@ -126,11 +127,6 @@ def quantize_weight(weight: Tensor, *, transposed: bool) -> tuple[Tensor, Tensor
     largest = weight.abs().amax([0, 2, 3] if transposed else [1, 2, 3])
     scale = torch.where(largest > 0, largest / _LARGEST_WEIGHT, 1.0)
     return torch.round(weight / scale.view(channels)).to(torch.int8).contiguous(), scale
-
-
-def _has_own_weight(node: fx.Node) -> bool:
-    """Whether a weight is a constant, and so the same in every call."""
-    return constant_of(node.kwargs["weight"]) is not None
 
 
 def _observe(
