@@ -45,7 +45,7 @@ def _quantized(x: Tensor, weight: Tensor, node: fx.Node) -> list[Choice]:
 def is_worth_quantizing(node: fx.Node, precision: str) -> bool:
     """Whether a convolution can be computed in 8 bits, and is predicted to be faster then."""
     weight = constant_of(node.kwargs["weight"])
-    if _native.cpu_library() is None or weight is None or node.kwargs["groups"] != 1:
+    if _native.cpu_library() is None or weight is None:
         return False
     x = torch.empty(shape_of(node.kwargs["x"]), dtype=torch.float32)
     quantized = _quantized(x, torch.empty_like(weight, dtype=torch.int8).contiguous(), node)

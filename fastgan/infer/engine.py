@@ -111,6 +111,7 @@ def optimize(
         raise ValueError(f"infer.optimize: calibration is for precision 'int8', got it with {precision!r}")
     with apart(device.type):
         captured = capture(model, example_args, kwargs)
+        shown = _calls_of(captured, calibration or (), kwargs)
         check_finite(captured.module)
         original = fx.GraphModule(captured.module, copy.deepcopy(captured.module.graph))
         arithmetic = arithmetic_of(precision)
@@ -120,10 +121,9 @@ def optimize(
         noise = [value.contiguous() for value in noise_like(inputs)]
         if precision in LOSSY:
             # Noise reaches beyond the range that calibration finds, by intent.
-            others = {"noise": [noise]} if precision == "bf16" else {}
-            if calibration:
-                others["calibration"] = _calls_of(captured, calibration, kwargs)
-            fast = _lossy(captured, original, precision, chooser, {"the example": [inputs], **others}, noise)
+            others = {"noise": [noise] if precision == "bf16" else [], "calibration": shown}
+            calls = {"the example": [inputs], **{name: of_name for name, of_name in others.items() if of_name}}
+            fast = _lossy(captured, original, precision, chooser, calls, noise)
         else:
             fast = FastGenerator(captured, precision, chooser, device)
             with fast.pool.borrow() as workspace:

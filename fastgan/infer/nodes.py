@@ -62,33 +62,14 @@ def quantized_convolution(
     high: int,
     in_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
-    noise: Tensor | None = None,
-    noise_strength: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    output_padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    transposed: bool = False,
-    groups: int = 1,
-    act: str = "linear",
-    alpha: float = 0.0,
-    gain: float = 1.0,
-    clamp: float | None = None,
-    residual_gain: float = 1.0,
+    **others: Any,
 ) -> Tensor:
     """``convolution`` of in_scale * x rounded to multiples of ``step``, low ... high of them, with weight_scale [C_out]
     times a weight in int8."""
     scaled = x if in_scale is None else x * in_scale[:, :, None, None]
     whole = torch.clamp(torch.round(scaled * (1 / step)), low, high)
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    sums = torch.convolution(whole, weight.to(x.dtype), None, *geometry)
-    factor = step * weight_scale if out_scale is None else step * weight_scale * out_scale
-    return apply_epilogue(
-        sums * factor.view(-1, sums.shape[1], 1, 1),
-        Epilogue(noise, noise_strength, bias, act, alpha, gain, clamp, residual, residual_gain),
-    )
+    factor = step * weight_scale[None] if out_scale is None else step * weight_scale * out_scale
+    return convolution(x=whole, weight=weight.to(x.dtype), out_scale=factor, **others)
 
 
 def pointwise(
