@@ -30,9 +30,9 @@ logger = logging.getLogger("fastgan")
 NAMES = ("reference", "cpp", "triton", "cuda")
 DEFAULT_ORDER = ("cuda", "triton", "cpp", "reference")
 PRECISIONS = ("fp32", "high")
-# Kernels that serve only where they are named: no run on a GPU has shown yet that they are faster than what they would
-# replace.
-ONLY_IF_NAMED = frozenset({("spectral_sigma", "cuda")})
+# Backends that serve only where they are named: no run on a GPU has shown yet that their kernels are faster than what
+# they would replace.
+ONLY_IF_NAMED = frozenset({"cuda"})
 
 # Loaded here, once: a call through functools.cache on every op would cost time and stop torch.compile's tracing.
 _LIBRARIES = _native.load()
@@ -153,7 +153,7 @@ class Decision:
             else:
                 reason = self.reasons[name]
                 state = "can run" if reason is None else f"cannot run: {reason}"
-                if reason is None and (self.op, name) in ONLY_IF_NAMED:
+                if reason is None and name in ONLY_IF_NAMED:
                     state = "can run, where it is named: no GPU has shown yet that it is the faster one"
             lines.append(f"  {name:<10}{state}")
         if self.algorithm is not None:
@@ -195,7 +195,7 @@ def choose(
     if _local.recording:
         reasons = {name: predicate(*args, **facts) for name, predicate in can_run.items()}
         able = (name for name in DEFAULT_ORDER if name in reasons and reasons[name] is None)
-        name = explicit or next(name for name in able if (op, name) not in ONLY_IF_NAMED)
+        name = explicit or next(name for name in able if name not in ONLY_IF_NAMED)
         raise _Recorded(Decision(op, name, chosen_by, reasons))
     if explicit is not None:
         reason = can_run[explicit](*args, **facts) if explicit in can_run else "it has no kernel for this op"
@@ -207,7 +207,7 @@ def choose(
 
 def _first_that_can(op: str, can_run: Mapping[str, Callable[..., str | None]], *args: Any, **facts: Any) -> str:
     for name in DEFAULT_ORDER:
-        if name not in can_run or (op, name) in ONLY_IF_NAMED:
+        if name not in can_run or name in ONLY_IF_NAMED:
             continue
         reason = can_run[name](*args, **facts)
         if reason is None:
