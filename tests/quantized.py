@@ -28,10 +28,21 @@ def layer(
 
 
 def geometry(
-    stride: int = 1, padding: int = 0, output_padding: int = 0, *, transposed: bool = False, groups: int = 1
+    stride: int = 1,
+    padding: int = 0,
+    output_padding: int = 0,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    reflect: bool = False,
 ) -> dict[str, Any]:
     pairs = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": 1}
-    return {**{name: (value, value) for name, value in pairs.items()}, "transposed": transposed, "groups": groups}
+    return {
+        **{name: (value, value) for name, value in pairs.items()},
+        "transposed": transposed,
+        "groups": groups,
+        "reflect": reflect,
+    }
 
 
 PLAIN = {"act": "linear", "alpha": 0.0, "gain": 1.0, "clamp": None, "residual_gain": 1.0}

@@ -48,7 +48,7 @@ def convolve(
     out = torch.empty_like(plain(x, weight, stride=stride, padding=padding, transposed=transposed)).contiguous()
     pairs = ((stride, stride), (padding, padding), (0, 0), (1, 1))
     _into.scaled_conv2d_into(
-        *(x, weight, None, None, None, None, bias, None, *pairs, transposed, 1),
+        *(x, weight, None, None, None, None, bias, None, *pairs, transposed, 1, False),
         *(algorithm, tile, storage, "linear", 0.0, 1.0, None, 1.0, out),
     )
     return out

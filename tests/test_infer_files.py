@@ -134,8 +134,8 @@ def test_foreign_and_other_versions(saved: tuple[infer.FastGenerator, Path], tmp
     safetensors.torch.save_file({"x": torch.zeros(1)}, str(foreign))
     with pytest.raises(ValueError, match="must be a file that save wrote"):
         infer.load(foreign)
-    with pytest.raises(ValueError, match="must be of version 1, got version 2"):
-        infer.load(rewritten(saved[1], tmp_path / "newer.safetensors", version="2"))
+    with pytest.raises(ValueError, match="must be of version 2, got version 3"):
+        infer.load(rewritten(saved[1], tmp_path / "newer.safetensors", version="3"))
 
 
 def test_tampering_is_seen(saved: tuple[infer.FastGenerator, Path], tmp_path: Path) -> None:

@@ -82,8 +82,8 @@ void ChannelPatch::quantize(const Quantization& quantization, int64_t rows, int6
   }
 }
 
-ChannelPatch::ChannelPatch(int64_t c, int64_t h, int64_t w, int64_t rows, int64_t columns)
-    : c_(c), h_(h), w_(w), row_stride_(columns * kGroup), data_(rows * row_stride_) {}
+ChannelPatch::ChannelPatch(int64_t c, int64_t h, int64_t w, int64_t rows, int64_t columns, bool reflect)
+    : c_(c), h_(h), w_(w), row_stride_(columns * kGroup), reflect_(reflect), data_(rows * row_stride_) {}
 
 void ChannelPatch::load(const ScaledImage& image, int64_t sample, int64_t channel, int64_t y, int64_t rows, int64_t x,
                         int64_t columns) {
@@ -94,20 +94,34 @@ void ChannelPatch::load(const ScaledImage& image, int64_t sample, int64_t channe
   const int64_t left = std::clamp<int64_t>(-x, 0, columns), right = std::clamp<int64_t>(w_ - x, left, columns);
   for (int64_t row = 0; row < rows; ++row) {
     float* const to = data_.get() + row * row_stride_;
-    if (y + row < 0 || y + row >= h_) {
+    const int64_t line = continued(y + row, h_, reflect_);
+    if (line < 0) {
       std::fill_n(to, columns * kGroup, 0.0f);
       continue;
     }
-    std::fill_n(to, left * kGroup, 0.0f);
-    gather_channels({.from = from + (y + row) * image.stride_h + (x + left) * image.stride_w,
-                     .channel = image.stride_c,
-                     .pixel = image.stride_w,
-                     .channels = channels,
-                     .pixels = right - left,
-                     .scale = scale.data(),
-                     .to = to + left * kGroup,
-                     .ahead = image.stride_h});
-    std::fill_n(to + right * kGroup, (columns - right) * kGroup, 0.0f);
+    const auto gather = [&](int64_t column, int64_t place, int64_t pixels) {
+      gather_channels({.from = from + line * image.stride_h + column * image.stride_w,
+                       .channel = image.stride_c,
+                       .pixel = image.stride_w,
+                       .channels = channels,
+                       .pixels = pixels,
+                       .scale = scale.data(),
+                       .to = to + place * kGroup,
+                       .ahead = image.stride_h});
+    };
+    const auto continue_to = [&](int64_t first, int64_t last) {
+      for (int64_t place = first; place < last; ++place) {
+        const int64_t column = continued(x + place, w_, reflect_);
+        if (column < 0) {
+          std::fill_n(to + place * kGroup, kGroup, 0.0f);
+        } else {
+          gather(column, place, 1);
+        }
+      }
+    };
+    continue_to(0, left);
+    gather(x + left, left, right - left);
+    continue_to(right, columns);
   }
 }
 

@@ -31,11 +31,12 @@ struct Quantization {
 
 class ChannelPatch {
  public:
-  // Of images of h x w pixels with c channels; up to rows x columns of them.
-  ChannelPatch(int64_t c, int64_t h, int64_t w, int64_t rows, int64_t columns);
+  // Of images of h x w pixels with c channels, continued by zeros or by their mirror image; up to rows x columns of
+  // them.
+  ChannelPatch(int64_t c, int64_t h, int64_t w, int64_t rows, int64_t columns, bool reflect = false);
 
   // Loads channels [channel, channel + kGroup) of a sample at rows [y, y + rows) and columns [x, x + columns); what is
-  // outside the image, or no channel of it, is 0.
+  // no channel of the image is 0.
   void load(const ScaledImage& image, int64_t sample, int64_t channel, int64_t y, int64_t rows, int64_t x,
             int64_t columns);
 
@@ -47,6 +48,7 @@ class ChannelPatch {
 
  private:
   const int64_t c_, h_, w_, row_stride_;
+  const bool reflect_;
   LargeBuffer data_;
 };
 

@@ -51,7 +51,7 @@ Refusal refusal_of(Algorithm algorithm, const Tensor& x, const Tensor& weight, c
     case Algorithm::kDirect:
       return refused_by_direct_conv(x, weight, g);
     default:
-      return {};
+      return g.reflect ? Refusal{"it pads with zeros"} : Refusal{};
   }
 }
 

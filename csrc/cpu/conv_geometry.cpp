@@ -36,6 +36,11 @@ Refusal refuse_unless_plain_shapes(const Tensor& x, const Tensor& weight, const 
     if (g.dilation[axis] < 1 || g.stride[axis] < 1 || g.padding[axis] < 0) return kWrong;
     if (g.output_padding[axis] < 0 || g.output_padding[axis] >= (g.transposed ? g.stride[axis] : 1)) return kWrong;
     if (result_size(x, weight, g, axis) < 1) return kWrong;
+    if (!g.reflect) continue;
+    if (g.transposed) return {"transposed, it takes no mirrored padding"};
+    if (g.padding[axis] >= x.size(2 + axis)) {
+      return {"it mirrors fewer than # pixels, got #", x.size(2 + axis), g.padding[axis]};
+    }
   }
   return {};
 }

@@ -14,6 +14,7 @@ struct ConvGeometry {
   std::vector<int64_t> stride, padding, output_padding, dilation;
   bool transposed;
   int64_t groups;
+  bool reflect = false;  // x is continued by its mirror image, not by zeros
 };
 
 // Rows (axis 0) or columns (axis 1) of the result.

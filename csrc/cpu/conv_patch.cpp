@@ -48,7 +48,26 @@ void Patch::load(const ScaledImage& x, int64_t sample, int64_t row, int64_t line
                   .pixels = right - left,
                   .to = to + top * line_stride_ + left,
                   .to_line = line_stride_});
+      if (input_.reflect) mirror(x, from, scale, row, lines, plane, to);
       to += plane_stride_;
+    }
+  }
+}
+
+// Beyond the edges of a plane that was loaded: the mirror image in place of the zeros.
+void Patch::mirror(const ScaledImage& x, const float* channel, float scale, int64_t row, int64_t lines, int64_t plane,
+                   float* to) const {
+  const int64_t stride = input_.stride;
+  const auto [left, right] = inside(input_.dx_min, plane % stride, input_.w_in, line_stride_);
+  for (int64_t r = 0; r < lines + input_.dy_span; ++r, to += line_stride_) {
+    const int64_t line = stride * (row + r + input_.dy_min) + plane / stride;
+    const int64_t y = continued(line, input_.h_in, true);
+    if (y < 0) continue;
+    for (int64_t i = 0; i < line_stride_; ++i) {
+      if (y == line && i == left) i = right;
+      if (i == line_stride_) break;
+      const int64_t column = continued(stride * (i + input_.dx_min) + plane % stride, input_.w_in, true);
+      if (column >= 0) to[i] = scale * channel[y * x.stride_h + column * x.stride_w];
     }
   }
 }

@@ -47,6 +47,8 @@ class Patch {
 
  private:
   std::pair<int64_t, int64_t> inside(int64_t first, int64_t phase, int64_t size, int64_t count) const;
+  void mirror(const ScaledImage& x, const float* channel, float scale, int64_t row, int64_t lines, int64_t plane,
+              float* to) const;
 
   const Sampling input_;
   int64_t line_stride_, plane_stride_, channel_stride_;

@@ -12,7 +12,7 @@ ConvPlan::ConvPlan(const Tensor& x, const Tensor& weight, const ConvGeometry& g)
       w_out(result_size(x, weight, g, 1)),
       taps(weight.size(2) * weight.size(3)),
       out_stride(g.transposed ? g.stride[0] : 1),
-      input{x.size(2), x.size(3), g.transposed ? 1 : g.stride[0], 0, 0, 0, 0} {
+      input{x.size(2), x.size(3), g.transposed ? 1 : g.stride[0], 0, 0, 0, 0, g.reflect} {
   base_h = ceil_div(h_out, out_stride);
   base_w = ceil_div(w_out, out_stride);
   for (int64_t row = 0; row < std::min(out_stride, h_out); ++row) {

@@ -21,10 +21,18 @@ struct Tap {
 struct Sampling {
   int64_t h_in, w_in, stride;
   int64_t dy_min, dy_span, dx_min, dx_span;  // shifts lie in [min, min + span]
+  bool reflect = false;                      // beyond the edges: the mirror image, not zeros
 
   // Takes the shifts' range from those of taps.
   void bound(const std::vector<Tap>& taps);
 };
+
+// Where line (or column) i of an image of `size` of them lies that is continued past its edges; -1 for zeros.
+inline int64_t continued(int64_t i, int64_t size, bool reflect) {
+  if (i >= 0 && i < size) return i;
+  const int64_t mirrored = i < 0 ? -i : 2 * (size - 1) - i;
+  return reflect && mirrored >= 0 && mirrored < size ? mirrored : -1;
+}
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 

@@ -402,6 +402,7 @@ LargeBuffer narrowed(const Tensor& weight, bool transposed) {
 Refusal refused_by_few_pixels(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double) return {"it takes float32 and 64"};
   if (const Refusal refusal = refuse_unless_plain(x, weight, std::nullopt, g)) return refusal;
+  if (g.reflect) return {"it pads with zeros"};
   if (!weight.is_contiguous() || suggests_channels_last(weight)) return {"it takes a contiguous NCHW weight"};
   if (g.dilation[0] != 1 || g.dilation[1] != 1)
     return {"it takes dilation = 1, got # and #", g.dilation[0], g.dilation[1]};

@@ -88,23 +88,37 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x, const OptionalTenso
     const auto problem = make_problem<C>(x, settings, weight, bias, std::nullopt, std::nullopt,
                                          mean.value_or(new_mean).const_data_ptr<double>(),
                                          var.value_or(new_var).const_data_ptr<double>());
-    const auto run = as_rows(x, channels_last) ? rows_forward<T, C> : planes_forward<T, C>;
-    run(problem, source.const_data_ptr<T>(), y.mutable_data_ptr<T>(), new_mean.mutable_data_ptr<double>(),
-        new_var.mutable_data_ptr<double>());
+    const T* const from = source.const_data_ptr<T>();
+    T* const to = y.mutable_data_ptr<T>();
+    double *const of_mean = new_mean.mutable_data_ptr<double>(), *const of_var = new_var.mutable_data_ptr<double>();
+    if (as_rows(x, channels_last)) {
+      rows_forward<T, C>(problem, from, to, of_mean, of_var);
+    } else {
+      planes_forward<T, C>(problem, from, to, of_mean, of_var);
+    }
   });
   return {y, new_mean, new_var};
 }
 
-// Instance norm and activation of a float32 image in NCHW, into `out`.
-void norm_act_into(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                   std::string act, double alpha, double gain, const Tensor& out) {
+// Instance norm and activation of a float32 image in NCHW and residual_gain times an image, into `out`.
+void norm_act_into(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& residual, double eps, std::string act, double alpha, double gain,
+                   double residual_gain, const Tensor& out) {
   const NormSettings settings{false, false, eps, parse_act("norm_act", act), alpha, gain};
   const Tensor source = in_layout(x, false);
   std::vector<double> mean(x.size(0) * x.size(1)), var(mean.size());
   const auto problem =
       make_problem<float>(x, settings, weight, bias, std::nullopt, std::nullopt, mean.data(), var.data());
-  const auto run = as_rows(x, false) ? rows_forward<float, float> : planes_forward<float, float>;
-  run(problem, source.const_data_ptr<float>(), out.mutable_data_ptr<float>(), mean.data(), var.data());
+  const float* const from = source.const_data_ptr<float>();
+  float* const to = out.mutable_data_ptr<float>();
+  const Tensor added = residual ? in_layout(*residual, false) : x;
+  const NormResidual<float> of_residual{added.const_data_ptr<float>(), static_cast<float>(residual_gain)};
+  if (!as_rows(x, false)) {
+    planes_forward<float>(problem, from, to, mean.data(), var.data(), residual ? &of_residual : nullptr);
+    return;
+  }
+  rows_forward<float>(problem, from, to, mean.data(), var.data());
+  if (residual) axpy(of_residual.gain, of_residual.data, to, x.numel());
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_act_grad(const Tensor& gy, const Tensor& x, const OptionalTensor& weight,

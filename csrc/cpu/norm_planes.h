@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "convert.h"
+#include "epilogue.h"
 #include "norm_problem.h"
 
 namespace fastgan {
@@ -140,9 +141,17 @@ Moments run_moments(const C* x, int64_t length, const NormProblem<C>& p) {
   return moments;
 }
 
-// mean and var are filled in unless they are given; p reads them.
+// An image that is added to results, where they still are in the first-level cache.
+template <typename C>
+struct NormResidual {
+  const C* data;
+  C gain;
+};
+
+// mean and var are filled in unless they are given; p reads them. The residual is for results that are not gathered.
 template <typename T, typename C = accumulate_t<T>>
-void planes_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, double* var) {
+void planes_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, double* var,
+                    const NormResidual<C>* residual = nullptr) {
   const NormRuns<C> runs(p, sizeof(T) == 2);
   torch::stable::parallel_for(0, p.groups(), runs.grain(), [&](int64_t begin, int64_t end) {
     NormSource<T> source(runs, x);
@@ -165,6 +174,7 @@ void planes_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, dou
         for_blocks(runs.length, [&](int64_t at, int64_t n) {
           block.x = from + at, block.out = to + at, block.n = n;
           norm::forward(block);
+          if (residual) axpy(residual->gain, residual->data + runs.offset(group, r) + at, to + at, n);
         });
       }
       target.store(group);

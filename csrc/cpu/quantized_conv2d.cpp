@@ -40,10 +40,10 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
                            const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& residual, std::vector<int64_t> stride,
                            std::vector<int64_t> padding, std::vector<int64_t> output_padding,
-                           std::vector<int64_t> dilation, bool transposed, int64_t groups, int64_t tile,
+                           std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect, int64_t tile,
                            std::string act, double alpha, double gain, std::optional<double> clamp,
                            double residual_gain, const Tensor& out) {
-  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups};
+  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups, reflect};
   const Refusal refusal = refused_by_quantized_winograd(x, weight, geometry, tile);
   STD_TORCH_CHECK(!refusal, "quantized_conv2d: it cannot serve this call: ", text_of(refusal));
   STD_TORCH_CHECK(low <= 0 && high >= 0 && low < high && high - low <= 255,
@@ -69,10 +69,10 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
 // The tiles that can serve a call, one line "tile<TAB>predicted ms" each, the best first.
 std::string explain_quantized_conv2d(const Tensor& x, const Tensor& weight, std::vector<int64_t> stride,
                                      std::vector<int64_t> padding, std::vector<int64_t> output_padding,
-                                     std::vector<int64_t> dilation, bool transposed, int64_t groups) {
+                                     std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect) {
   std::string lines;
   for (const Candidate& c :
-       quantized_tiles(x, weight, {stride, padding, output_padding, dilation, transposed, groups})) {
+       quantized_tiles(x, weight, {stride, padding, output_padding, dilation, transposed, groups, reflect})) {
     lines += std::to_string(c.m) + '\t' + std::to_string(c.predicted_ms) + '\n';
   }
   return lines;

@@ -170,10 +170,10 @@ void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::option
                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> output_padding,
-                        std::vector<int64_t> dilation, bool transposed, int64_t groups, std::string algorithm,
-                        int64_t tile, std::string storage_name, std::string act, double alpha, double gain,
-                        std::optional<double> clamp, double residual_gain, const Tensor& out) {
-  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups};
+                        std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect,
+                        std::string algorithm, int64_t tile, std::string storage_name, std::string act, double alpha,
+                        double gain, std::optional<double> clamp, double residual_gain, const Tensor& out) {
+  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups, reflect};
   const ConvChoice choice = chosen_convolution(x, weight, geometry, algorithm, tile);
   const Storage storage = parse_storage(storage_name);
   count_call(choice.algorithm);
@@ -220,9 +220,9 @@ std::string explain_scaled_conv2d(const Tensor& x, const Tensor& weight, std::ve
 // that the call would choose comes first.
 std::string convolution_candidates(const Tensor& x, const Tensor& weight, std::vector<int64_t> stride,
                                    std::vector<int64_t> padding, std::vector<int64_t> output_padding,
-                                   std::vector<int64_t> dilation, bool transposed, int64_t groups,
+                                   std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect,
                                    std::string precision) {
-  return tell_candidates(x, weight, {stride, padding, output_padding, dilation, transposed, groups},
+  return tell_candidates(x, weight, {stride, padding, output_padding, dilation, transposed, groups, reflect},
                          asks_for_high("scaled_conv2d", precision));
 }
 

@@ -232,6 +232,7 @@ void Call::write(int64_t channel, const float* sums, std::vector<float>& line, P
 
 Refusal refused_by_unfolded_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+  if (g.reflect) return {"it pads with zeros"};
   if (!weight.is_contiguous()) return {"it takes a contiguous weight"};
   if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return {"transposed, it takes no dilation"};
   const int64_t taps = weight.size(2) * weight.size(3);

@@ -179,7 +179,8 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t rows = plan_.stride * plan_.m * (std::min(blocking_.lines, plan_.tiles_h) - 1) + plan_.span.y;
     const int64_t columns = plan_.stride * plan_.m * (blocking_.columns - 1) + plan_.span.x;
-    Buffers b{.patch = ChannelPatch(conv_.c_in - first_channel_, conv_.input.h_in, conv_.input.w_in, rows, columns),
+    Buffers b{.patch = ChannelPatch(conv_.c_in - first_channel_, conv_.input.h_in, conv_.input.w_in, rows, columns,
+                                    conv_.input.reflect),
               .own_tiles = LargeBuffer(growing_ ? 0 : block_values),
               .sums = LargeBuffer(plan_.products * sum_product()),
               .lines = LargeBuffer(phases_ * kGroup * line_channel()),

@@ -23,7 +23,7 @@ from fastgan.infer.plan import Choice, Program
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FORMAT, VERSION = "fastgan.infer", 1
+FORMAT, VERSION = "fastgan.infer", 2
 
 # Operators that take text and still only compute.
 _WITH_TEXT = {

@@ -13,6 +13,7 @@ from fastgan.infer import nodes
 from fastgan.infer.capture import add_constant, constant_of, eliminate_dead
 from fastgan.infer.lower import replace
 from fastgan.infer.nodes import PLAIN, TENSORS, epilogue_of, is_a, shape_of
+from fastgan.ops import _into
 
 
 def fuse(module: fx.GraphModule) -> None:
@@ -62,14 +63,17 @@ def _sides(node: fx.Node) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _after_norm(producer: fx.Node, second: dict[str, Any]) -> dict[str, Any] | None:
-    """A norm takes an activation and a gain."""
-    if not is_a(producer, nodes.instance_norm) or producer.kwargs.get("act", "linear") != "linear":
+    """A norm takes an activation and a gain, and behind them an image that is added."""
+    if not is_a(producer, nodes.instance_norm) or producer.kwargs.get("residual") is not None:
         return None
-    if producer.kwargs.get("gain", 1.0) != 1.0 or second["clamp"] is not None:
+    if any(second[name] is not None for name in ("clamp", "noise", "bias", "out_scale")):
         return None
-    if any(second[name] is not None for name in (*TENSORS, "out_scale")):
+    kwargs = {**producer.kwargs, "residual": second["residual"], "residual_gain": second["residual_gain"]}
+    if second["act"] == "linear" and second["gain"] == 1.0:
+        return kwargs
+    if producer.kwargs.get("act", "linear") != "linear" or producer.kwargs.get("gain", 1.0) != 1.0:
         return None
-    return {**producer.kwargs, **{name: second[name] for name in ("act", "alpha", "gain")}}
+    return {**kwargs, **{name: second[name] for name in ("act", "alpha", "gain")}}
 
 
 def _merged(
@@ -292,3 +296,33 @@ def _is_dense_convolution(node: Any) -> bool:
     weight = constant_of(node.kwargs["weight"])
     same = all(node.kwargs[name] == (1, 1) for name in ("stride", "padding", "dilation"))
     return same and tuple(weight.shape[2:]) == (3, 3) and shape_of(node)[1] == weight.shape[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mirror images
+
+
+def fuse_reflections(module: fx.GraphModule, precision: str) -> None:
+    """Mirror images around the input of a convolution, where the kernel that the CPU takes for it can read x so. The
+    last pass: others count padding as zeros."""
+    if _native.cpu_library() is None:
+        return
+    for node in list(module.graph.nodes):
+        if not is_a(node, nodes.convolution) or not is_a(node.kwargs["x"], nodes.pad):
+            continue
+        pad = node.kwargs["x"]
+        x, (left, right, top, bottom) = pad.kwargs["x"], pad.kwargs["padding"]
+        symmetric = left == right and top == bottom and node.kwargs["padding"] == (0, 0)
+        if pad.kwargs["mode"] != "reflect" or not symmetric or x.meta["val"].device.type == "cuda":
+            continue
+        kwargs = {**node.kwargs, "x": x, "padding": (top, left), "reflect": True}
+        if _algorithms(node.kwargs, precision)[0] in _algorithms(kwargs, precision):
+            replace(node, nodes.convolution, kwargs).meta["fused"].insert(0, nodes.name_of(pad))
+    eliminate_dead(module.graph)
+
+
+def _algorithms(kwargs: dict[str, Any], precision: str) -> list[str]:
+    """The CPU's algorithms for a convolution, the one to choose first."""
+    x, weight = torch.empty(shape_of(kwargs["x"]), dtype=torch.float32), constant_of(kwargs["weight"])
+    geometry = (kwargs[name] for name in nodes.GEOMETRY)
+    return [name for name, *_ in _into.convolution_candidates(x, weight, *geometry, precision)]

@@ -143,6 +143,7 @@ def _convolution(module: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> Lo
         "output_padding": _pair(a.get("output_padding", 0)),
         "transposed": transposed,
         "groups": a["groups"],
+        "reflect": False,
     }
     return nodes.convolution, {"x": x, "weight": weight, "bias": bias, **settings}
 
@@ -165,7 +166,7 @@ def _scaled_convolution(module: fx.GraphModule, node: fx.Node, a: dict[str, Any]
     if a["save_conv"]:
         return "it returns the convolution before its epilogue"
     pairs = {name: _pair(a[name]) for name in ("stride", "padding", "output_padding", "dilation")}
-    return nodes.convolution, {**_without(a, "save_conv", "precision"), **pairs}
+    return nodes.convolution, {**_without(a, "save_conv", "precision"), **pairs, "reflect": False}
 
 
 @_rule(_fastgan.dense_block.default)

@@ -21,7 +21,7 @@ from fastgan.reference.epilogue import Epilogue, apply_epilogue
 # The epilogue that does nothing, by argument.
 PLAIN: dict[str, Any] = {"act": "linear", "alpha": 0.0, "gain": 1.0, "clamp": None, "residual_gain": 1.0}
 TENSORS = ("noise", "noise_strength", "bias", "residual")
-GEOMETRY = ("stride", "padding", "output_padding", "dilation", "transposed", "groups")
+GEOMETRY = ("stride", "padding", "output_padding", "dilation", "transposed", "groups", "reflect")
 
 
 def convolution(
@@ -40,13 +40,16 @@ def convolution(
     dilation: Sequence[int] = (1, 1),
     transposed: bool = False,
     groups: int = 1,
+    reflect: bool = False,
     act: str = "linear",
     alpha: float = 0.0,
     gain: float = 1.0,
     clamp: float | None = None,
     residual_gain: float = 1.0,
 ) -> Tensor:
-    """``ops.scaled_conv2d``."""
+    """``ops.scaled_conv2d``; with ``reflect``, the padding is x's mirror image."""
+    if reflect:
+        x, padding = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], "reflect"), (0, 0)
     tensors = (x, weight, in_scale, out_scale, noise, noise_strength, bias, residual)
     geometry = (stride, padding, output_padding, dilation, transposed, groups, precision_in_force())
     return torch.ops.fastgan.scaled_conv2d(*tensors, *geometry, act, alpha, gain, clamp, residual_gain, False)[0]
@@ -98,13 +101,16 @@ def instance_norm(
     x: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     eps: float = 1e-5,
     act: str = "linear",
     alpha: float = 0.0,
     gain: float = 1.0,
+    residual_gain: float = 1.0,
 ) -> Tensor:
-    """``ops.norm_act`` over each channel of each sample."""
-    return torch.ops.fastgan.norm_act(x, weight, bias, None, None, False, eps, act, alpha, gain)[0]
+    """``ops.norm_act`` over each channel of each sample, and an image added."""
+    y = torch.ops.fastgan.norm_act(x, weight, bias, None, None, False, eps, act, alpha, gain)[0]
+    return y if residual is None else y + residual_gain * residual
 
 
 def fir(

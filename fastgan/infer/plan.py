@@ -304,7 +304,7 @@ def _pointwise(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]
 def _instance_norm(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:
     k = node.kwargs
     settings = (k.get("eps", 1e-5), k.get("act", "linear"), k.get("alpha", 0.0), k.get("gain", 1.0))
-    return (k["x"], k.get("weight"), k.get("bias"), *settings)
+    return (k["x"], k.get("weight"), k.get("bias"), k.get("residual"), *settings, k.get("residual_gain", 1.0))
 
 
 def _fir(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:

@@ -20,7 +20,9 @@ import torch
 from fastgan import _native
 from fastgan.ops._library import LIBRARY
 
-_GEOMETRY = "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, bool transposed, int groups"
+_GEOMETRY = (
+    "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, bool transposed, int groups, bool reflect"
+)
 _EPILOGUE = "str act, float alpha, float gain, float? clamp, float residual_gain"
 _SHIFTS = "Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual"
 
@@ -28,8 +30,8 @@ for schema in (
     f"_scaled_conv2d_into(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, {_SHIFTS}, {_GEOMETRY},"
     f" str algorithm, int tile, str storage, {_EPILOGUE}, Tensor(a!) out) -> ()",
     f"_epilogue_into(Tensor x, Tensor? out_scale, {_SHIFTS}, {_EPILOGUE}, Tensor(a!) out) -> ()",
-    "_norm_act_into(Tensor x, Tensor? weight, Tensor? bias, float eps, str act, float alpha, float gain,"
-    " Tensor(a!) out) -> ()",
+    "_norm_act_into(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act, float alpha,"
+    " float gain, float residual_gain, Tensor(a!) out) -> ()",
     f"_upfirdn2d_into(Tensor x, Tensor? f, {_SHIFTS}, int[2] up, int[2] down, int[4] padding, bool flip_filter,"
     f" float fir_gain, {_EPILOGUE}, Tensor(a!) out) -> ()",
     "_dense_block_into(Tensor x, Tensor[] weights, Tensor[] biases, str act, float alpha, float gain,"
