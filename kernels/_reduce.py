@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import triton
 import triton.language as tl
+from fastgan.kernels._launch import planning
 from torch import Tensor
 
 # torch's dtypes as the element types of pointers that a kernel takes from a table.
@@ -153,7 +154,7 @@ def counters(device: torch.device, count: int) -> Tensor:
     captured the zeros are the graph's own, written at each replay: a tensor of its memory pool must not outlive it
     here.
     """
-    if device.type == "meta":
+    if device.type == "meta" or planning():
         return torch.empty(count, dtype=torch.int32, device=device)
     stream = 0
     if device.type == "cuda":
@@ -179,9 +180,14 @@ def split(sizes: Sequence[int], block: int, programs: int) -> list[tuple[int, in
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether all begin at a multiple of :data:`VECTOR_BYTES`."""
-    return all(x.data_ptr() % VECTOR_BYTES == 0 for x in tensors)
+    return all(address(x) % VECTOR_BYTES == 0 for x in tensors)
+
+
+def address(x: Tensor) -> int:
+    """Where ``x`` begins; where nothing has memory, behind a storage that begins at a multiple of everything."""
+    return x.storage_offset() * x.element_size() if planning() else x.data_ptr()
 
 
 def identity(x: Tensor) -> tuple[Any, ...]:
     """What a plan that holds an address of ``x`` depends on."""
-    return x.data_ptr(), x.shape, x.stride()
+    return address(x), x.shape, x.stride()

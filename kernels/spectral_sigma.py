@@ -165,7 +165,7 @@ def _plan(
         first_size = 0 if read else _round_up(owned, 4)
         fields.append(
             {
-                "weight": weight.data_ptr(), "u": u.data_ptr(), "v": v.data_ptr(),
+                **{name: _reduce.address(x) for name, x in (("weight", weight), ("u", u), ("v", v))},
                 "rows": matrix.rows, "outer": matrix.outer, "inner": matrix.inner, "shift": matrix.shift,
                 "row_stride": matrix.row_stride, "outer_stride": matrix.outer_stride,
                 "inner_stride": matrix.inner_stride, "outer_step": matrix.outer_step, "inner_step": matrix.inner_step,

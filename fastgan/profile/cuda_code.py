@@ -50,14 +50,21 @@ class CudaCode:
         return self.kernel.partition("<")[0]
 
     @property
+    def warps(self) -> int:
+        """Per block, at most."""
+        return -(-self.threads // 32)
+
+    @property
     def shared(self) -> int:
-        """Bytes of shared memory per block, dynamic ones included, at most."""
-        return self.code.static_shared + DYNAMIC_SHARED.get(self.base, 0)
+        """Bytes of shared memory per block, dynamic ones included, at most; without the system's part, which the
+        readers count from sm_90 on."""
+        system = ARCHITECTURES[self.arch].shared_reserved if self.arch >= 90 else 0
+        return self.code.static_shared - system + DYNAMIC_SHARED.get(self.base, 0)
 
     @property
     def occupancy(self) -> float:
         """Resident warps as a share of what an SM holds; theoretical; 0 if it cannot be launched so."""
-        return ARCHITECTURES[self.arch].occupancy(self.code.registers, self.shared, -(-self.threads // 32))
+        return ARCHITECTURES[self.arch].occupancy(self.code.registers, self.shared, self.warps)
 
 
 def read_library(library: Path) -> list[CudaCode]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgan.kernels._launch import Launch
 from fastgan.profile.compiled import Compiled, Failure, vector_bits
+from fastgan.profile.cuda_code import CudaCode
 from fastgan.profile.devices import ARCHITECTURES, DEVICES
 from fastgan.profile.global_loads import TileLoad
 
@@ -45,7 +46,16 @@ def check(label: str, launch: Launch, result: Compiled | Failure) -> list[Findin
     return [Finding(kind, label, result.kernel, result.arch, message) for kind, message in problems]
 
 
-def _resources(result: Compiled) -> Iterator[tuple[str, str]]:
+def check_cuda(kernels: Iterable[CudaCode]) -> list[Finding]:
+    """Everything that is wrong with the code of CUDA C++ kernels."""
+    return [
+        Finding(kind, "csrc/cuda", code.kernel, code.arch, message)
+        for code in kernels
+        for kind, message in _resources(code)
+    ]
+
+
+def _resources(result: Compiled | CudaCode) -> Iterator[tuple[str, str]]:
     code = result.code
     if code.spills or code.stack:
         yield "spill", f"{code.spills} instructions move {code.stack} bytes per thread through local memory"

@@ -9,6 +9,7 @@ import torch
 import fastgan
 from fastgan.kernels._launch import Launch
 from fastgan.profile.compiled import Compiled, Failure, Reference
+from fastgan.profile.cuda_code import CudaCode
 from fastgan.profile.devices import ARCHITECTURE_SOURCE, DEVICES
 from fastgan.profile.gpu_report import GATED_FROM, LayerTraffic, Report, predicted_seconds
 from fastgan.profile.traffic import Kernel
@@ -33,6 +34,7 @@ def as_markdown(report: Report) -> str:
         *_traffic(report),
         *_predictions(report),
         *_code(report),
+        *_cuda(report),
         *_sources(),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -178,7 +180,7 @@ def _code(report: Report) -> list[str]:
         "",
         "Distinct code once, under the first launch that uses it. Per architecture: registers per thread / KiB of "
         "shared memory per block / theoretical occupancy in %, and spills where there are any. Instructions as they "
-        f"stand in the code for sm_{_shown(report)}: *tensor* cores; *loads* and *stores* by bits per thread "
+        f"stand in the code for sm_{_shown(report.archs)}: *tensor* cores; *loads* and *stores* by bits per thread "
         "(`fastgan gpu-report --json` has those of every architecture).",
         "",
     ]
@@ -234,21 +236,21 @@ def _range(values: Iterable[int]) -> str:
     return str(least) if least == most else f"{least} … {most}"
 
 
-def _shown(report: Report) -> int:
+def _shown(archs: Sequence[int]) -> int:
     """The architecture whose instruction counts are printed: A100's, or the first that there is."""
-    return 80 if 80 in report.archs else report.archs[0]
+    return 80 if 80 in archs else archs[0]
 
 
 def _code_row(report: Report, label: str, results: dict[int, Compiled | Failure]) -> tuple[object, ...]:
     cells = [_code_cell(results.get(arch)) for arch in report.archs]
-    shown = results.get(_shown(report))
+    shown = results.get(_shown(report.archs))
     if not isinstance(shown, Compiled):
         return (label, "–", *cells, "–", "–", "–")
     counts = (shown.code.tensor, shown.code.loads, shown.code.stores)
     return (label, shown.warps, *cells, *[_counts(part) or "–" for part in counts])
 
 
-def _code_cell(result: Compiled | Failure | None) -> str:
+def _code_cell(result: Compiled | CudaCode | Failure | None) -> str:
     if result is None:
         return "–"
     if isinstance(result, Failure):
@@ -259,6 +261,53 @@ def _code_cell(result: Compiled | Failure | None) -> str:
 
 def _counts(counts: dict) -> str:
     return ", ".join(f"{name}: {counts[name]}" for name in sorted(counts, key=lambda n: (isinstance(n, str), n)))
+
+
+def _cuda(report: Report) -> list[str]:
+    lines = ["## CUDA C++ kernels", ""]
+    if report.cuda_reason is not None:
+        return [*lines, f"There is no library of them here: {report.cuda_reason}.", ""]
+    archs = sorted({entry.arch for entry in report.cuda})
+    lines += [
+        'They serve where `backend="cuda"` or `fastgan.backend("cuda")` names them: no GPU has shown yet that they are '
+        "faster than what they would replace. The code is **read** from the library that is built here. Per "
+        "architecture: registers per thread / KiB of shared memory per block, the most that a launch asks for / "
+        "theoretical occupancy in % at that, and spills where there are any; instructions as they stand in the code for "
+        f"sm_{_shown(archs)}.",
+        "",
+    ]
+    by_kernel: dict[str, dict[int, CudaCode]] = {}
+    for entry in report.cuda:
+        by_kernel.setdefault(entry.kernel, {})[entry.arch] = entry
+    head = ("kernel", "threads", *[f"sm_{arch}: registers / KiB / %" for arch in archs], "tensor", "loads", "stores")
+    rows = []
+    for kernel, entries in by_kernel.items():
+        shown = entries[_shown(archs)]
+        counts = [_counts(part) or "–" for part in (shown.code.tensor, shown.code.loads, shown.code.stores)]
+        rows.append((f"`{kernel}`", shown.threads, *[_code_cell(entries.get(arch)) for arch in archs], *counts))
+    return [*lines, *_table(head, rows), "", *_cuda_calls(report)]
+
+
+def _cuda_calls(report: Report) -> list[str]:
+    lines = [
+        "### Beside Triton's (modelled and predicted, not measured)",
+        "",
+        "Kernels per call, their bytes in MiB, and the roofline in µs as above; – where a backend has no kernel for it. "
+        "*reference* is plain torch in float32, the oracle.",
+        "",
+    ]
+    rows = []
+    for entry in report.cuda_traffic:
+        for backend, kernels in entry.kernels.items():
+            if isinstance(kernels, str):
+                rows.append((entry.case.op, entry.case.name, backend, *["–"] * (2 + len(DEVICES))))
+                continue
+            times = [predicted_seconds(kernels, device) for device in DEVICES]
+            cells = ["–" if seconds is None else f"{seconds * 1e6:.3g}" for seconds in times]
+            moved = f"{sum(kernel.bytes for kernel in kernels) / _MIB:.2f}"
+            rows.append((entry.case.op, entry.case.name, backend, len(kernels), moved, *cells))
+    head = ("op", "call", "backend", "kernels", "MiB", *[f"{device.name}, µs" for device in DEVICES])
+    return [*lines, *_table(head, rows, 3), ""]
 
 
 def _sources() -> list[str]:

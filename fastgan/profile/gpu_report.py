@@ -1,4 +1,4 @@
-"""``fastgan gpu-report``: what the Triton kernels compile to and what they move, on GPUs that need not be here.
+"""``fastgan gpu-report``: what the GPU's kernels compile to and what they move, on GPUs that need not be here.
 
 Compiled code is read, traffic is *modelled* at launch boundaries, and times are *predicted* from datasheet peaks:
 nothing in the report was measured.
@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 import fastgan.kernels
+from fastgan import _native
 from fastgan.kernels._dot import planning_for
 from fastgan.kernels._launch import Launch
-from fastgan.profile import gpu_checks
 from fastgan.profile.compiled import Compiled, Failure, compile_all, specialise
+from fastgan.profile.cuda_cases import CudaTraffic, cuda_traffic
+from fastgan.profile.cuda_code import CudaCode, read_library
 from fastgan.profile.devices import ARCHITECTURES, DEVICES, Device
+from fastgan.profile.gpu_checks import Finding, check, check_cuda
 from fastgan.profile.gpu_layers import Layer, report_layers
 from fastgan.profile.traffic import Kernel, count
 
@@ -67,16 +70,22 @@ class Report:
         archs: the architectures, 80 is sm_80.
         traffic: by layer.
         code: (label, launch, arch, what it compiled to), distinct code once, under its first label.
+        cuda: the kernels of the CUDA C++ library that is built here, for the architectures that it carries.
+        cuda_reason: why there is no such library; None if there is.
+        cuda_traffic: what those kernels move, beside the other backends.
         findings: what is wrong.
     """
 
     archs: tuple[int, ...]
     traffic: list[LayerTraffic] = field(default_factory=list)
     code: list[tuple[str, Launch, int, Compiled | Failure]] = field(default_factory=list)
-    findings: list[gpu_checks.Finding] = field(default_factory=list)
+    cuda: list[CudaCode] = field(default_factory=list)
+    cuda_reason: str | None = None
+    cuda_traffic: list[CudaTraffic] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     @property
-    def gated(self) -> list[gpu_checks.Finding]:
+    def gated(self) -> list[Finding]:
         """The findings that fail the report."""
         return [finding for finding in self.findings if finding.arch >= GATED_FROM]
 
@@ -106,17 +115,17 @@ def compile_launches(
     launches: Iterable[tuple[str, Launch, int]],
     processes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[tuple[str, Launch, int, Compiled | Failure]], list[gpu_checks.Finding]]:
+) -> tuple[list[tuple[str, Launch, int, Compiled | Failure]], list[Finding]]:
     """Compile the distinct code among (label, launch, architecture) and check every launch; -> (code, findings).
     ``processes`` and ``progress`` as for :func:`fastgan.profile.compiled.compile_all`."""
     jobs = [(label, launch, specialise(launch, arch)) for label, launch, arch in launches]
     results = compile_all([job for _, _, job in jobs], processes, progress)
     code: dict[str, tuple[str, Launch, int, Compiled | Failure]] = {}
-    findings: dict[tuple[str, str, str], gpu_checks.Finding] = {}
+    findings: dict[tuple[str, str, str], Finding] = {}
     for label, launch, job in jobs:
         result = results[job.key]
         code.setdefault(job.key, (label, launch, job.arch, result))
-        for found in gpu_checks.check(label, launch, result):
+        for found in check(label, launch, result):
             findings.setdefault((job.key, found.kind, found.message), found)
     return list(code.values()), list(findings.values())
 
@@ -197,7 +206,14 @@ def make_report(
     plans = {cores: _plan(layers, given, cores) for cores in {arch >= GATED_FROM for arch in archs}}
     entries = [(*entry, arch) for arch in archs for entry in plans[arch >= GATED_FROM]]
     code, findings = compile_launches(entries, processes, progress)
-    return Report(tuple(archs), layer_traffic(layers), code, findings)
+    report = Report(tuple(archs), layer_traffic(layers), code, findings=findings)
+    library = _native.load()["cuda"]
+    report.cuda_reason = None if library.path.exists() else library.reason
+    if report.cuda_reason is None:
+        report.cuda = read_library(library.path)
+        report.cuda_traffic = cuda_traffic()
+        report.findings += check_cuda(report.cuda)
+    return report
 
 
 def _plan(
@@ -232,16 +248,7 @@ def as_json(report: Report) -> dict[str, Any]:
         row |= {"dtype": str(entry.layer.dtype).removeprefix("torch."), "layout": entry.layer.layout}
         row |= {"compulsory_bytes": entry.layer.compulsory, "launches": entry.launches, "other_kernels": entry.others}
         for name, kernels in (("fused", entry.fused), ("eager", entry.eager)):
-            row[name] = {
-                "kernels": [kernel.name for kernel in kernels],
-                "modelled_bytes": sum(kernel.bytes for kernel in kernels),
-                "modelled_flops": sum(kernel.flops for kernel in kernels),
-                "predicted_us": {
-                    device.name: None if seconds is None else seconds * 1e6
-                    for device in DEVICES
-                    for seconds in [predicted_seconds(kernels, device)]
-                },
-            }
+            row[name] = _kernels(kernels)
         layers.append(row)
     code = []
     for label, launch, arch, result in report.code:
@@ -257,8 +264,28 @@ def as_json(report: Report) -> dict[str, Any]:
         "archs": list(report.archs),
         "layers": layers,
         "code": code,
+        "cuda_code": [{**asdict(entry), "shared": entry.shared, "occupancy": entry.occupancy} for entry in report.cuda],
+        "cuda_missing": report.cuda_reason,
+        "cuda_calls": [_cuda_row(entry) for entry in report.cuda_traffic],
         "findings": [asdict(finding) for finding in report.findings],
         "devices": [asdict(device) for device in DEVICES],
+    }
+
+
+def _cuda_row(entry: CudaTraffic) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": entry.case.op, "call": entry.case.name}
+    for backend, kernels in entry.kernels.items():
+        row[backend] = {"cannot_run": kernels} if isinstance(kernels, str) else _kernels(kernels)
+    return row
+
+
+def _kernels(kernels: Sequence[Kernel]) -> dict[str, Any]:
+    predicted = {device.name: predicted_seconds(kernels, device) for device in DEVICES}
+    return {
+        "kernels": [kernel.name for kernel in kernels],
+        "modelled_bytes": sum(kernel.bytes for kernel in kernels),
+        "modelled_flops": sum(kernel.flops for kernel in kernels),
+        "predicted_us": {name: None if s is None else s * 1e6 for name, s in predicted.items()},
     }
 
 

@@ -10,7 +10,8 @@ What counts as what:
 - A convolution with a bias is two kernels, since ATen adds the bias behind cuDNN in place (aten/src/ATen/native/
   Convolution.cpp, ``_convolution``); constant padding is a fill and a copy (aten/src/ATen/native/PadNd.cpp).
 - A fastgan op runs its Triton launcher, whose launches count with the bytes and operations that they state themselves;
-  an op or a call without a Triton kernel counts as the plain torch that stands in for it.
+  an op of CUDA C++ counts as one kernel, as an ATen call does; an op or a call without a kernel counts as the plain
+  torch that stands in for it.
 - Operations are those of torch.utils.flop_counter: a multiply-add is two, elementwise work is none.
 """
 
@@ -30,9 +31,20 @@ from torch.utils.flop_counter import flop_registry
 from fastgan.kernels._launch import Launch, planned
 from fastgan.ops._library import FALLBACKS, TRITON_KERNELS
 
+CUDA = "_cuda"  # what the names of ops of CUDA C++ end with
 _WRITES_ONLY = ("copy_", "fill_", "zero_")
 _ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-_PASSES_ON = ("detach", "alias", "lift_fresh", "_unsafe_view", "sym_size", "sym_stride", "sym_numel", "is_same_size")
+_PASSES_ON = (
+    "detach",
+    "detach_",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+    "sym_size",
+    "sym_stride",
+    "sym_numel",
+    "is_same_size",
+)
 
 
 @dataclass(frozen=True)
@@ -83,10 +95,12 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._opname
-        if func.namespace == "fastgan" and (name in TRITON_KERNELS or name in FALLBACKS):
+        in_cuda = func.namespace == "fastgan" and name.endswith(CUDA)
+        if func.namespace == "fastgan" and not in_cuda and (name in TRITON_KERNELS or name in FALLBACKS):
             return self._fastgan(name, args)
         result = func(*args, **kwargs)
-        if not (func.is_view or name in _ALLOCATES or name in _PASSES_ON or func.namespace not in ("aten", "prims")):
+        counted = in_cuda or func.namespace in ("aten", "prims")
+        if counted and not (func.is_view or name in _ALLOCATES or name in _PASSES_ON):
             self._aten(func, args, kwargs, result)
         return result
 
