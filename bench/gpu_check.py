@@ -1,8 +1,9 @@
 """``python -m bench.gpu_check --out FILE``: on a machine with a GPU, prove and time everything; one JSON, one Markdown.
 
-Every test of tests/triton/ runs there on the GPU (elsewhere the interpreter stands in for it), then every bench, on
-each backend, candidates interleaved. What fails is written down and does not stop the rest. The exit status is 0 if all
-is well, 1 if anything failed, 2 if there is no GPU.
+Every test of tests/triton/ and tests/cuda/ runs there on the GPU (elsewhere Triton's interpreter and the C++ kernels
+stand in for it), those of the CUDA C++ kernels once more under each tool of compute-sanitizer where that is installed,
+then every bench, on each backend, candidates interleaved. What fails is written down and does not stop the rest. The
+exit status is 0 if all is well, 1 if anything failed, 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,10 @@ from fastgan.profile import latency
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "triton"
+CUDA_TESTS = ROOT / "tests" / "cuda"
+SANITIZER = "compute-sanitizer"
+# Out of bounds and misaligned; races in shared memory; uninitialised memory; barriers.
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _MOST_TEXT = 4000
 
 
@@ -69,6 +75,7 @@ def facts(device: str) -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
+        SANITIZER: shutil.which(SANITIZER),
     }
     uuid = getattr(properties, "uuid", None)
     return found | nvml_facts(None if uuid is None else str(uuid))
@@ -95,19 +102,35 @@ def _run(command: Sequence[str], environment: dict[str, str], seconds: float) ->
     return done.returncode, done.stdout[-_MOST_TEXT:]
 
 
-def run_test_file(path: Path, device: str, seconds: float) -> dict[str, Any]:
-    """Run one file of tests in a process of its own; counts, failures, and what a crash left."""
+def run_test_file(path: Path, device: str, seconds: float, tool: str | None = None) -> dict[str, Any]:
+    """Run one file of tests in a process of its own, under a tool of compute-sanitizer if one is named; counts,
+    failures, and what a crash left."""
     with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "junit.xml"
+        junit, environment = Path(folder) / "junit.xml", _environment(device)
         command = [sys.executable, "-m", "pytest", str(path), "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-        status, output = _run(command, _environment(device), seconds)
-        result: dict[str, Any] = {"file": path.name, "status": status, "passed": 0, "skipped": 0, "failures": []}
+        if tool is not None:
+            # torch's allocator hands out parts of blocks, in which the tools would not see where a tensor ends.
+            environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", *command]
+        status, output = _run(command, environment, seconds)
+        name = path.name if tool is None else f"{path.name} under {tool}"
+        result: dict[str, Any] = {"file": name, "status": status, "passed": 0, "skipped": 0, "failures": []}
         if junit.exists():
             result |= read_junit(junit.read_text())
     # 0: all passed; 1: some failed, and are listed. Anything else (a crash, a timeout, no test) is itself a failure.
     if status not in (0, 1) or (status == 1 and not result["failures"]):
-        result["failures"].append({"test": f"{path.name} (the whole file)", "message": f"status {status}\n{output}"})
+        result["failures"].append({"test": f"{name} (the whole file)", "message": f"status {status}\n{output}"})
     return result
+
+
+def test_runs(args: argparse.Namespace, *, sanitizer: bool) -> list[tuple[Path, str | None]]:
+    """(file of tests, tool of compute-sanitizer or None) in the order of the check."""
+    if args.skip_tests:
+        return []
+    tools = (None, *SANITIZER_TOOLS) if sanitizer else (None,)
+    runs = [(path, None) for path in sorted(TESTS.glob("test_*.py"))]
+    runs += [(path, tool) for path in sorted(CUDA_TESTS.glob("test_*.py")) for tool in tools]
+    return [(path, tool) for path, tool in runs if args.only in path.stem]
 
 
 def read_junit(text: str) -> dict[str, Any]:
@@ -235,19 +258,17 @@ def why_no_gpu() -> str:
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
     """Run everything that ``args`` ask for; the files are rewritten after each step."""
-    tests = [] if args.skip_tests else sorted(TESTS.glob("test_*.py"))
     benches = [] if args.skip_benches else bench_modules()
     benches = [name for name in benches if args.only in name]
-    tests = [path for path in tests if args.only in path.stem]
     result: dict[str, Any] = {"facts": facts(args.device), "after": {}, "limits": None, "tests": [], "benches": []}
     # With --only, either may rightly be empty; else nothing having run is itself a failure.
     asked = {"tests": not (args.skip_tests or args.only), "benches": not (args.skip_benches or args.only)}
     result |= {"asked": asked, "complete": False}
     write(result, args.out)
-    for path in tests:
-        entry = run_test_file(path, args.device, args.timeout)
+    for path, tool in test_runs(args, sanitizer=bool(result["facts"].get(SANITIZER))):
+        entry = run_test_file(path, args.device, args.timeout, tool)
         result["tests"].append(entry)
-        print(f"{path.name:36} {entry['passed']} passed, {len(entry['failures'])} failed", flush=True)
+        print(f"{entry['file']:36} {entry['passed']} passed, {len(entry['failures'])} failed", flush=True)
         write(result, args.out)
     if benches:
         result["limits"] = asdict(latency.machine_limits(args.device))

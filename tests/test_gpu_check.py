@@ -69,6 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tests / name).write_text(text)
     (tmp_path / "some_cases.py").write_text(CASES)
     monkeypatch.setattr(gpu_check, "TESTS", tests)
+    monkeypatch.setattr(gpu_check, "CUDA_TESTS", tmp_path / "cuda")
     monkeypatch.setattr(gpu_check, "bench_modules", lambda: ["some_cases"])
     monkeypatch.setattr(gpu_check.latency, "machine_limits", lambda device: latency.Limits(1e9, 1e12))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -168,6 +169,45 @@ def test_only_some(folder: Path) -> None:
     assert result["benches"] == []
     result = gpu_check.check(arguments(folder / "result", skip_tests=True, skip_benches=True))
     assert result["tests"] == result["benches"] == []
+
+
+SANITIZER = """#!{python}
+import subprocess, sys
+assert sys.argv[1] == "--tool" and sys.argv[3:5] == ["--error-exitcode", "9"], sys.argv
+status = subprocess.run(sys.argv[5:]).returncode
+print("ERROR SUMMARY: 1 error" if sys.argv[2] == "racecheck" else "ERROR SUMMARY: 0 errors")
+sys.exit(9 if sys.argv[2] == "racecheck" else status)
+"""
+
+
+def test_cuda_kernels_run_under_the_sanitizer_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "cuda").mkdir()
+    (folder / "cuda" / "test_kernels.py").write_text(
+        "import os\n\ndef test_it(): assert os.environ.get('PYTORCH_NO_CUDA_MEMORY_CACHING', '0') in '01'\n"
+    )
+    (folder / "compute-sanitizer").write_text(SANITIZER.format(python=sys.executable))
+    (folder / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    facts = gpu_check.facts
+    monkeypatch.setattr(gpu_check, "facts", lambda device: facts(device) | {"compute-sanitizer": "there"})
+    result = gpu_check.check(arguments(folder / "result", only="kernels", skip_benches=True))
+    entries = {entry["file"]: entry for entry in result["tests"]}
+    assert list(entries) == [
+        "test_kernels.py",
+        *[f"test_kernels.py under {tool}" for tool in gpu_check.SANITIZER_TOOLS],
+    ]
+    assert all(entry["passed"] == 1 for entry in entries.values())
+    failures = {name: entry["failures"] for name, entry in entries.items() if entry["failures"]}
+    assert list(failures) == ["test_kernels.py under racecheck"]
+    assert "status 9\n" in failures["test_kernels.py under racecheck"][0]["message"]
+    assert "ERROR SUMMARY: 1 error" in failures["test_kernels.py under racecheck"][0]["message"]
+
+
+def test_without_a_sanitizer_the_tests_run_once(folder: Path) -> None:
+    (folder / "cuda").mkdir()
+    (folder / "cuda" / "test_kernels.py").write_text("def test_it(): pass\n")
+    result = gpu_check.check(arguments(folder / "result", only="kernels", skip_benches=True))
+    assert [entry["file"] for entry in result["tests"]] == ["test_kernels.py"]
 
 
 def test_what_was_known_survives_an_interruption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,8 +272,8 @@ def _cuda(report: Report) -> list[str]:
         'They serve where `backend="cuda"` or `fastgan.backend("cuda")` names them: no GPU has shown yet that they are '
         "faster than what they would replace. The code is **read** from the library that is built here. Per "
         "architecture: registers per thread / KiB of shared memory per block, the most that a launch asks for / "
-        "theoretical occupancy in % at that, and spills where there are any; instructions as they stand in the code for "
-        f"sm_{_shown(archs)}.",
+        "theoretical occupancy in % at that, and spills where there are any; instructions as they stand in the code "
+        f"for sm_{_shown(archs)}.",
         "",
     ]
     by_kernel: dict[str, dict[int, CudaCode]] = {}
@@ -292,8 +292,8 @@ def _cuda_calls(report: Report) -> list[str]:
     lines = [
         "### Beside Triton's (modelled and predicted, not measured)",
         "",
-        "Kernels per call, their bytes in MiB, and the roofline in µs as above; – where a backend has no kernel for it. "
-        "*reference* is plain torch in float32, the oracle.",
+        "Kernels per call, their bytes in MiB, and the roofline in µs as above; – where a backend has no kernel for "
+        "it. *reference* is plain torch in float32, the oracle.",
         "",
     ]
     rows = []
