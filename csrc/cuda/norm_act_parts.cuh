@@ -1,4 +1,4 @@
-// What norm_act's kernels are made of: how a thread walks an image, the activations, sums over teams and rows.
+// What norm_act's kernels are made of: how a thread walks an image, and sums over teams and rows.
 #pragma once
 
 #include <type_traits>
@@ -127,86 +127,6 @@ __device__ inline void norm_store(void* data, const Walk& walk, int i, const flo
     if (offset >= 0) {
       to[offset] = static_cast<T>(values[k]);
     }
-  }
-}
-
-// Klambauer et al. 2017, the fixed point of zero mean and unit variance.
-constexpr float kNormSeluScale = 1.05070098735548f, kNormSeluAlpha = 1.67326324235438f;
-
-// 1 / (1 + exp(-z)); of exp(z) and exp(-z) the one that cannot overflow.
-__device__ inline float norm_sigmoid(float z) {
-  const float e = expf(-fabsf(z));
-  return (z < 0.0f ? e : 1.0f) / (1.0f + e);
-}
-
-template <typename F, int kCount>
-__device__ __forceinline__ void norm_each(float (&values)[kCount], F f) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    values[k] = f(values[k]);
-  }
-}
-
-// values <- gain act(values). One switch per vector; comparisons so that a NaN stays one.
-template <int kCount>
-__device__ inline void norm_activate(const NormCall& call, float (&values)[kCount]) {
-  const float alpha = call.alpha, gain = call.gain;
-  switch (call.act) {
-    case NormAct::kLinear:
-      return norm_each(values, [=](float z) { return gain * z; });
-    case NormAct::kRelu:
-      return norm_each(values, [=](float z) { return gain * (z < 0.0f ? 0.0f : z); });
-    case NormAct::kLrelu:
-      return norm_each(values, [=](float z) { return gain * (z < 0.0f ? alpha * z : z); });
-    case NormAct::kTanh:
-      return norm_each(values, [=](float z) { return gain * tanhf(z); });
-    case NormAct::kSigmoid:
-      return norm_each(values, [=](float z) { return gain * norm_sigmoid(z); });
-    case NormAct::kElu:
-      return norm_each(values, [=](float z) { return gain * (z > 0.0f ? z : expm1f(z)); });
-    case NormAct::kSelu:
-      return norm_each(values,
-                       [=](float z) { return gain * kNormSeluScale * (z > 0.0f ? z : kNormSeluAlpha * expm1f(z)); });
-    case NormAct::kSoftplus:
-      return norm_each(values, [=](float z) { return gain * ((z < 0.0f ? 0.0f : z) + log1pf(expf(-fabsf(z)))); });
-    case NormAct::kSwish:
-      return norm_each(values, [=](float z) { return gain * z * norm_sigmoid(z); });
-  }
-}
-
-// values <- gain act'(values).
-template <int kCount>
-__device__ inline void norm_slopes(const NormCall& call, float (&values)[kCount]) {
-  const float alpha = call.alpha, gain = call.gain;
-  switch (call.act) {
-    case NormAct::kLinear:
-      return norm_each(values, [=](float) { return gain; });
-    case NormAct::kRelu:
-      return norm_each(values, [=](float z) { return z > 0.0f ? gain : 0.0f; });
-    case NormAct::kLrelu:
-      return norm_each(values, [=](float z) { return z > 0.0f ? gain : gain * alpha; });
-    case NormAct::kTanh:
-      return norm_each(values, [=](float z) {
-        const float t = tanhf(z);
-        return gain * (1.0f - t * t);
-      });
-    case NormAct::kSigmoid:
-      return norm_each(values, [=](float z) {
-        const float t = norm_sigmoid(z);
-        return gain * (t * (1.0f - t));
-      });
-    case NormAct::kElu:
-      return norm_each(values, [=](float z) { return z > 0.0f ? gain : gain * expf(z); });
-    case NormAct::kSelu:
-      return norm_each(values,
-                       [=](float z) { return gain * kNormSeluScale * (z > 0.0f ? 1.0f : kNormSeluAlpha * expf(z)); });
-    case NormAct::kSoftplus:
-      return norm_each(values, [=](float z) { return gain * norm_sigmoid(z); });
-    case NormAct::kSwish:
-      return norm_each(values, [=](float z) {
-        const float s = norm_sigmoid(z);
-        return gain * (s + z * s * (1.0f - s));
-      });
   }
 }
 

@@ -83,7 +83,9 @@ inline NormPlan plan_norm_planes(const NormCall& call, bool aligned, int item_by
                   ? norm_power_of_two(vectors, 32)
                   : std::max(64, norm_power_of_two(norm_ceil(vectors, kNormChunks), kNormMostThreads));
   plan.threads = plan.team > 32 ? plan.team : 128;
-  plan.chunks = static_cast<int>(std::min<int64_t>(norm_ceil(vectors, plan.team), INT32_MAX / 16 / plan.threads));
+  // As large as no GPU has shared memory for, and no larger: the gradient asks for twice as much.
+  constexpr int kMostBytes = INT32_MAX / 2;
+  plan.chunks = static_cast<int>(std::min<int64_t>(norm_ceil(vectors, plan.team), kMostBytes / 16 / plan.threads));
   plan.slice = call.pixels, plan.slices = 1;
   plan.units = call.samples * call.channels;
   plan.tiles = 1;

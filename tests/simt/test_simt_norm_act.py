@@ -1,4 +1,4 @@
-"""norm_act's CUDA kernels, thread by thread on the CPU: values and gradients against float64, paths, schedules, reads."""
+"""norm_act's CUDA kernels, thread by thread on the CPU: values and gradients against float64, schedules, reads."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def check(case: Case, dtype: torch.dtype, schedules=TWO_SCHEDULES) -> tuple[list
         torch.testing.assert_close(mean, case.x.mean(dims).flatten(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(var, case.x.var(dims, correction=0).flatten(), rtol=3e-6, atol=1e-6)
     gradients, backward_traffic = backward(case, gy, mean, var, dtype, schedules=schedules)
-    for name, got, want, plain in zip("y x weight bias".split(), [y, *gradients], exact, eager, strict=True):
+    for name, got, want, plain in zip(["y", "x", "weight", "bias"], [y, *gradients], exact, eager, strict=True):
         assert (got is None) == (want is None), name
         if got is not None:
             floor = FLOOR[dtype] if name in ("y", "x") else FLOOR[torch.float32]
