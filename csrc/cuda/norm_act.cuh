@@ -211,7 +211,7 @@ template <typename T, bool kLast>
 using NormWalk = std::conditional_t<kLast, NormRows<T>, NormPlane<T>>;
 
 template <typename T, bool kLast>
-__global__ void __launch_bounds__(kLast ? kNormThreads : kNormMostThreads, kLast ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, kLast ? 2 : 3)
     norm_apply_kernel(const __grid_constant__ NormCall call) {
   using Walk = NormWalk<T, kLast>;
   const Walk walk(call);
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kLast ? kNormThreads : kNormMostThreads, kLast
 }
 
 template <typename T, bool kLast>
-__global__ void __launch_bounds__(kLast ? kNormThreads : kNormMostThreads, kLast ? 2 : 1)
+__global__ void __launch_bounds__(kNormThreads, kLast ? 2 : 3)
     norm_apply_grad_kernel(const __grid_constant__ NormCall call) {
   using Walk = NormWalk<T, kLast>;
   const Walk walk(call);

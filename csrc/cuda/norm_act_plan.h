@@ -93,7 +93,7 @@ inline NormPlan plan_norm_planes(const NormCall& call, bool aligned, int item_by
   return plan;
 }
 
-// Planes cut into slices of a fixed size.
+// Planes cut into slices of a fixed size, or whole ones that are no larger; by at most kNormThreads either way.
 inline NormPlan plan_norm_slices(const NormCall& call, bool aligned, int item_bytes) {
   const int64_t slice = int64_t{kNormThreads} * kNormChunks * (16 / item_bytes);
   if (call.pixels <= slice) {
@@ -110,7 +110,7 @@ inline NormPlan plan_norm_slices(const NormCall& call, bool aligned, int item_by
 
 // channels_last: rows of `team` vectors of channels; a block has as many rows as it has threads for.
 inline NormPlan plan_norm_rows(const NormCall& call, bool aligned, int item_bytes) {
-  // What one thread loads before it computes, and blocks enough for every GPU: more would only be more partial sums.
+  // Enough for every GPU: more would only be more partial sums.
   constexpr int64_t kBlocks = 2048;
   const int vector = 16 / item_bytes;
   const int64_t vectors = norm_ceil(call.channels, vector);

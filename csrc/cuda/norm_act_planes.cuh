@@ -32,7 +32,7 @@ __device__ inline void norm_keep(const NormCall& call, const NormPlane<T>& walk,
   commit_copies();
 }
 
-// f(position, values of x, how many of them are there) for each of the thread's vectors.
+// f(position, values) for each of the thread's vectors; 0 for what is not there.
 template <typename T, typename F>
 __device__ __forceinline__ void norm_kept(const NormCall& call, const NormPlane<T>& walk, T* memory, F f) {
   constexpr int kVector = NormPlane<T>::kVector;
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kNormMostThreads) norm_plane_kernel(const __gr
   });
 }
 
-// Sums of g and g u over a slice if `partial` is there, and grad_x if `out` is: of a whole group, or for given
-// statistics. Dynamic shared memory: one slice of x and one of grad_y per team.
+// Sums of g and g u over a slice if `partial` is there, and grad_x if `out` is: then the slice is a whole group, or the
+// statistics are given. Dynamic shared memory: one slice of x and one of grad_y per team.
 template <typename T>
 __global__ void __launch_bounds__(kNormMostThreads, 1) norm_plane_grad_kernel(const __grid_constant__ NormCall call) {
   constexpr int kVector = NormPlane<T>::kVector;

@@ -16,7 +16,7 @@ T* data_or_null(const simt::Buffer<T>& buffer) {
 }
 
 // sizes: samples, channels, pixels; flags: channels_last, batch, fixed, weight and bias per sample; act in NormAct's
-// order; settings: alpha, gain, eps and the bytes of shared memory as a float array, for brevity.
+// order.
 template <typename T>
 NormCall make_call(simt::Buffer<const T> x, simt::Buffer<const float> weight, simt::Buffer<const float> bias,
                    const std::vector<int64_t>& sizes, const std::vector<int64_t>& flags, int act, double alpha,
@@ -61,6 +61,21 @@ void backward(simt::Buffer<const T> gy, simt::Buffer<const T> x, simt::Buffer<co
   fastgan::launch_norm_backward<T>(call, flags[0], most_shared, allocate, launch);
 }
 
+// How a call that nobody could make here would be divided; `sliced` only for planes.
+void plan(std::vector<int64_t> sizes, bool last, bool sliced, bool batch, bool aligned, int item_bytes,
+          simt::Buffer<int64_t> result) {
+  NormCall call{};
+  call.samples = sizes[0], call.channels = sizes[1], call.pixels = sizes[2];
+  call.batch = batch;
+  fastgan::merge_norm_samples(call);
+  const auto divide = last ? fastgan::plan_norm_rows : sliced ? fastgan::plan_norm_slices : fastgan::plan_norm_planes;
+  const fastgan::NormPlan p = divide(call, aligned, item_bytes);
+  const int64_t fields[] = {call.samples, call.pixels, p.wide,  p.team,  p.threads,     p.chunks,
+                            p.slice,      p.slices,    p.units, p.tiles, p.slice_bytes, norm_blocks(p, last)};
+  std::copy(std::begin(fields), std::end(fields), result.data);
+}
+
+SIMT_EXPORT("plan", plan);
 SIMT_EXPORT("forward_float32", forward<float>);
 SIMT_EXPORT("forward_float16", forward<__half>);
 SIMT_EXPORT("forward_bfloat16", forward<__nv_bfloat16>);

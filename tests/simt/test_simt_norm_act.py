@@ -328,3 +328,60 @@ def test_drawn_calls(shape, kind, affine, dtype, act, channels_last, shared, shi
         return
     case = make(shape, kind, affine, dtype, act, channels_last=channels_last, shared=shared, shift=shift)
     check(case, dtype, [("forward", 0), ("random", seed)])
+
+
+class Plan(NamedTuple):
+    samples: int
+    pixels: int
+    wide: int
+    team: int
+    threads: int
+    chunks: int
+    slice: int
+    slices: int
+    units: int
+    tiles: int
+    slice_bytes: int
+    blocks: int
+
+
+def plan(sizes: tuple[int, int, int], item: int, *, last: bool, sliced: bool, batch: bool, aligned: bool) -> Plan:
+    """How a call of that size is divided, whose tensors nobody could hold here."""
+    kernels, fields = simt_build.load(Path(__file__).parent / "norm_act.cpp"), np.zeros(12, np.int64)
+    simt_build.run(kernels, "plan", list(sizes), last, sliced, batch, aligned, item, fields, schedules=ONE_SCHEDULE)
+    return Plan(*fields.tolist())
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    # Up to 2^31 values of a plane, 2^43 of an image.
+    sizes=st.tuples(*(st.integers(0, most).map(lambda e: 2**e) for most in (6, 12, 31))),
+    odd=st.sampled_from([0, 1, 7]),
+    item=st.sampled_from([2, 4]),
+    last=st.booleans(),
+    sliced=st.booleans(),
+    batch=st.booleans(),
+    aligned=st.booleans(),
+)
+def test_plans_cover_images_of_any_size(sizes, odd, item, last, sliced, batch, aligned) -> None:
+    n, c, pixels = sizes[0], sizes[1], sizes[2] + odd
+    p = plan((n, c, pixels), item, last=last, sliced=sliced, batch=batch, aligned=aligned)
+    vector = 16 // item
+    assert p.samples * p.pixels == n * pixels
+    assert p.team & (p.team - 1) == 0
+    assert p.threads % max(p.team, 32) == 0
+    assert (p.slices - 1) * p.slice < p.pixels <= p.slices * p.slice
+    assert p.wide == (aligned and (c if last else pixels) % vector == 0)
+    if last:
+        assert p.team <= 32
+        assert p.threads == 256
+        assert p.tiles * p.team * vector >= c > (p.tiles - 1) * p.team * vector
+        assert p.units == p.blocks == p.samples * p.slices
+    else:
+        assert p.team <= 32 or p.team == p.threads <= (256 if sliced else 512)
+        assert p.units == p.samples * c * p.slices
+        assert p.blocks * (p.threads // p.team) >= p.units > (p.blocks - 1) * (p.threads // p.team)
+        # What does not fit into any GPU's shared memory need not be counted exactly, and must still not fit.
+        assert p.chunks * p.team * vector >= p.slice or p.slice_bytes > 2**29
+        assert p.slice_bytes == p.chunks * p.threads * 16 < 2**30
+        assert not sliced or p.slice_bytes <= 16384
