@@ -8,10 +8,11 @@ namespace fastgan {
 // Klambauer et al. 2017, the fixed point of zero mean and unit variance.
 constexpr float kNormSeluScale = 1.05070098735548f, kNormSeluAlpha = 1.67326324235438f;
 
-// 1 / (1 + exp(-z)); of exp(z) and exp(-z) the one that cannot overflow.
+// 1 / (1 + exp(-z)); of exp(z) and exp(-z) the one that cannot overflow. The divisor is between 1 and 2, where the fast
+// division is within 2 ulp.
 __device__ inline float norm_sigmoid(float z) {
   const float e = expf(-fabsf(z));
-  return (z < 0.0f ? e : 1.0f) / (1.0f + e);
+  return __fdividef(z < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
 template <typename F, int kCount>
