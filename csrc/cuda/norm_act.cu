@@ -64,14 +64,16 @@ struct Workspace {
   }
 };
 
-// What a block may have of shared memory, but for what the kernels declare themselves.
+// Of shared memory, no less than what the kernels declare themselves.
+constexpr int kDeclaredBytes = 1024;
+
+// What a launch may ask for.
 int most_shared_bytes(const char* op, const Tensor& x) {
-  constexpr int kDeclared = 1024;
   int bytes = 0;
   const cudaError_t error =
       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(x.get_device_index()));
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
-  return bytes - kDeclared;
+  return bytes - kDeclaredBytes;
 }
 
 struct Launch {
@@ -79,10 +81,9 @@ struct Launch {
   cudaStream_t stream;
 
   void operator()(void (*kernel)(NormCall), int64_t blocks, int tiles, int shared_bytes, const NormCall& call) const {
-    // What every launch may have without asking.
-    constexpr int kPlainBytes = 48 * 1024;
     STD_TORCH_CHECK(blocks <= INT32_MAX && tiles <= 65535, op, ": x is too large for one launch");
-    if (shared_bytes > kPlainBytes) {
+    // 48 KiB in all are there without being asked for.
+    if (shared_bytes + kDeclaredBytes > 48 * 1024) {
       const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
       STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
     }

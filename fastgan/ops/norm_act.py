@@ -316,12 +316,12 @@ _grad_grad_op = define(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The ops whose gradients are the ops above.
+# fastgan::norm_act and fastgan::norm_act_grad, once for each family of kernels.
 
 
 def _define_twin(suffix: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """norm_act and norm_act_grad under names of their own: the gradient stays with the backend of the call. Its own
-    gradient, norm_act_grad_grad, has one implementation per device."""
+    """The two ops under names of their own, so that a gradient stays with the kernels of its call. The gradient's own
+    gradient is norm_act_grad_grad in both cases: a kernel on the CPU, plain torch elsewhere."""
     grad_op = define(
         f"norm_act_grad{suffix}",
         "(Tensor gy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool batch, bool fixed,"
