@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from fastgan.reference.activation import ACTIVATIONS, activate, resolve
 
 Running = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]
 
-_BACKENDS = {"cpp": backends.cpp_can_run, "reference": backends.always}
+_BACKENDS = {"cuda": backends.cuda_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 
 
 def norm_act(
@@ -57,7 +57,8 @@ def norm_act(
         act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.
         alpha: slope of lrelu below zero; None means 0.2.
         gain: factor on the activation, 1 unless given; None means √2 for relu, lrelu and swish, 1 for the others.
-        backend: see :func:`fastgan.backend`.
+        backend: see :func:`fastgan.backend`. "cuda", only where it is named, takes every option in float32, bfloat16
+            and float16: one read of a contiguous ``x`` where the values of a mean fit in shared memory, else two.
 
     Returns:
         [N, C, H, W], ``x``'s dtype.
@@ -67,8 +68,9 @@ def norm_act(
             single value, tensors on different devices, a backend that cannot run.
         TypeError: an argument that must be a tensor is not.
 
-    Gradients: 1st and 2nd order for ``x``, ``weight`` and ``bias``, one kernel each; none for ``running``. The
-    reference differentiates without end. Saved for backward: ``x``, ``weight``, ``bias`` and the statistics.
+    Gradients: 1st and 2nd order for ``x``, ``weight`` and ``bias``, one kernel each (of the second order, on the GPU,
+    plain torch); none for ``running``. The reference differentiates without end. Saved for backward: ``x``, ``weight``,
+    ``bias`` and the statistics.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1; Ulyanov et al., "Instance Normalization", 2016,
     equation 5; adaptive: Huang and Belongie, "Arbitrary Style Transfer in Real-time", 2017, equation 8.
@@ -83,7 +85,8 @@ def norm_act(
     values = x.shape[2] * x.shape[3] * (x.shape[0] if batch else 1)
     if values == 1 and not fixed:
         raise ValueError(f"{op}: x must have more than 1 value per channel to take its variance, got {list(x.shape)}")
-    if backends.choose(op, backend, _BACKENDS, x.device, x.dtype) == "reference":
+    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
+    if chosen == "reference":
         y = reference.norm_act(
             x, kind=kind, weight=weight, bias=bias, running=running, eps=eps, act=act, alpha=alpha, gain=gain
         )
@@ -91,7 +94,8 @@ def norm_act(
         wide = _check.accumulate_dtype(x.dtype)
         weight, bias = (None if t is None else contiguous(t, wide) for t in (weight, bias))
         statistics = [contiguous(t.detach(), torch.float64) for t in running[:2]] if fixed else (None, None)
-        y, mean, var = _op(dense(x), weight, bias, *statistics, batch, float(eps), act, *resolve(act, alpha, gain))
+        compute = _cuda_op if chosen == "cuda" else _op
+        y, mean, var = compute(dense(x), weight, bias, *statistics, batch, float(eps), act, *resolve(act, alpha, gain))
         if running is not None and not fixed and values > 0:
             _advance(running, mean, var, values)
     _check.no_nan(op, y)
@@ -220,22 +224,6 @@ def _wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
-def _backward(ctx, grad_y: Tensor):
-    needs = ctx.needs_input_grad[:3]
-    return *_wanted(_grad_op(grad_y, *ctx.saved_tensors, *ctx.settings, *needs), needs), *[None] * 7
-
-
-_op = define(
-    "norm_act",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, bool batch, float eps, str act, float alpha,"
-    " float gain) -> (Tensor, Tensor, Tensor)",
-    fallback=_fallback,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # fastgan::norm_act_grad: the gradients of x, weight and bias, each empty if it is not wanted. mean and var are what x
 # has; the formula of its own gradient follows x through them.
@@ -272,18 +260,6 @@ def _grad_backward(ctx, h: Tensor | None, h_weight: Tensor | None, h_bias: Tenso
         return (None,) * 15
     grads = _grad_grad_op(h, h_weight, h_bias, *ctx.saved_tensors, *ctx.settings, *needs)
     return *_wanted(grads, needs), *[None] * 11
-
-
-_grad_op = define(
-    "norm_act_grad",
-    "(Tensor gy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool batch, bool fixed, float eps,"
-    " str act, float alpha, float gain, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    fallback=_grad_fallback,
-    fake=_grad_fake,
-    setup_context=_grad_setup,
-    backward=_grad_backward,
-    differentiable_results=3,
-)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,3 +313,40 @@ _grad_grad_op = define(
     backward=_grad_grad_backward,
     differentiable_results=4,
 )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastgan::norm_act and fastgan::norm_act_grad, once for each family of kernels.
+
+
+def _define_twin(suffix: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The two ops under names of their own, so that a gradient stays with the kernels of its call. The gradient's own
+    gradient is norm_act_grad_grad in both cases: a kernel on the CPU, plain torch elsewhere."""
+    grad_op = define(
+        f"norm_act_grad{suffix}",
+        "(Tensor gy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool batch, bool fixed,"
+        " float eps, str act, float alpha, float gain, bool need_x, bool need_weight, bool need_bias)"
+        " -> (Tensor, Tensor, Tensor)",
+        fallback=_grad_fallback,
+        fake=_grad_fake,
+        setup_context=_grad_setup,
+        backward=_grad_backward,
+        differentiable_results=3,
+    )
+
+    def backward(ctx, grad_y: Tensor):
+        needs = ctx.needs_input_grad[:3]
+        return *_wanted(grad_op(grad_y, *ctx.saved_tensors, *ctx.settings, *needs), needs), *[None] * 7
+
+    return define(
+        f"norm_act{suffix}",
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, bool batch, float eps, str act,"
+        " float alpha, float gain) -> (Tensor, Tensor, Tensor)",
+        fallback=_fallback,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=backward,
+    )
+
+
+_op, _cuda_op = _define_twin(""), _define_twin("_cuda")
