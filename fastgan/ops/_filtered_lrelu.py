@@ -12,7 +12,8 @@ and its own derivative is another replay, in the first direction. The slopes are
 backward, neither x nor anything of the size of z but two bits per pixel.
 
 Signs: int32 [N, C, ⌈mid_h / 16⌉, mid_w]. Bits 2i and 2i + 1 of word (r, column) are of the upsampled pixel
-(16r + i, column): z was not above 0; clamp was active. Of z, what reaches no output has no signs.
+(16r + i, column): z was not above 0; clamp was active. What of z reaches no output has no signs, or
+any, between pixels that do.
 
 The fallback is plain torch on any device and dtype, so that the formulas can be checked in float64; the kernels are
 csrc/cuda/filtered_lrelu*.
