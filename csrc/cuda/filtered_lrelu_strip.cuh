@@ -226,7 +226,7 @@ __device__ __forceinline__ void flrelu_column_from(int tap, const FlreluCall& ca
 }
 
 template <typename T, class Strip, FlreluMode kMode>
-__global__ void __launch_bounds__(kFlreluStripThreads)
+__global__ void __launch_bounds__(kFlreluStripThreads, 4)
     flrelu_strip_kernel(const FlreluCall call, const FlreluPlan plan, int64_t first_block) {
   FASTGAN_DYNAMIC_SHARED(float, shared);
   const FlreluStripMemory<Strip> memory(shared);

@@ -21,10 +21,10 @@ FlreluFilter filter(const Filter& taps, const Sizes& shape) {
 
 template <typename T>
 void launch(const FlreluCall& call, int64_t blocks) {
-  const FlreluPlan plan = fastgan::plan_flrelu(call, sizeof(T), blocks);
-  if (plan.width == 0) {
+  if (fastgan::flrelu_smallest_tile(call) > fastgan::kFlreluSharedBytes) {
     throw simt::Error("filtered_lrelu: no tile fits");
   }
+  const FlreluPlan plan = fastgan::plan_flrelu(call, sizeof(T), blocks);
   // In two launches, as what has more blocks than one may have.
   const int64_t half = (plan.blocks + 1) / 2;
   for (int64_t first = 0; first < plan.blocks; first += half) {
@@ -63,14 +63,15 @@ void replay(simt::Buffer<const T> x, Sizes shape, Filter fu, Sizes fu_shape, Fil
   launch<T>(call, blocks);
 }
 
-// The op's kernel, the outputs of a block, and the bytes of the smallest tile.
+// The op's kernel, its bytes of shared memory, and those of the smallest tile.
 void plan(Sizes shape, Sizes fu_shape, Sizes fd_shape, int up, int down, Sizes padding, simt::Buffer<int64_t> result) {
   FlreluCall call = fastgan::describe_flrelu(shape[0] * shape[1], shape[1], filter({}, fu_shape), filter({}, fd_shape),
                                              up, down, false, 1, 1);
   fastgan::set_flrelu_axis(call.along, shape[3], padding[0], padding[1]);
   fastgan::set_flrelu_axis(call.across, shape[2], padding[2], padding[3]);
-  const FlreluPlan plan = fastgan::plan_flrelu(call, 4);
-  const Sizes values{static_cast<int>(plan.kernel), plan.width, plan.height, fastgan::flrelu_smallest_tile(call)};
+  const int64_t smallest = fastgan::flrelu_smallest_tile(call);
+  const FlreluPlan plan = smallest > fastgan::kFlreluSharedBytes ? FlreluPlan{} : fastgan::plan_flrelu(call, 4);
+  const Sizes values{static_cast<int>(plan.kernel), plan.shared_bytes, smallest};
   std::copy(values.begin(), values.end(), result.data);
 }
 

@@ -160,7 +160,7 @@ def image(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def plan(x: Tensor, fu: Tensor | None, fd: Tensor | None, up: int, down: int, padding: tuple) -> list[int]:
-    result = np.zeros(4, np.int64)
+    result = np.zeros(3, np.int64)
     simt_build.run(kernels(), "plan", list(x.shape), shape(fu), shape(fd), up, down, list(padding), result)
     return result.tolist()
 
@@ -260,3 +260,49 @@ def test_drawn_calls(launches: Launches, data: st.DataObject) -> None:
     launches.schedules, launches.blocks = (("forward", 0), ("random", seed)), draw(st.sampled_from((1, 1024)))
     b = image(sizes[1]) if draw(st.booleans()) else None
     check(image(*sizes, dtype=dtype), *filters, b, flip_filter=draw(st.booleans()), **options)
+
+
+@pytest.mark.parametrize(("fu", "fd"), [(lowpass(12), lowpass(12)), (lowpass(12), torch.outer(lowpass(4), lowpass(4)))])
+@pytest.mark.parametrize("clamp", [None, 0.6])
+def test_nan_and_infinity_reach_what_they_reach_in_torch(launches: Launches, fu, fd, clamp: float | None) -> None:
+    x = image(1, 2, 20, 22)
+    x[0, 0, 4, 5], x[0, 1, 7, 20], x[0, 1, 15, 3] = math.nan, math.inf, -math.inf
+    options = {"up": 2, "down": 2, "padding": (9, 10, 11, 8), "gain": 1.3, "slope": 0.2, "flip_filter": False}
+    options["clamp"] = clamp
+    got, want = [], []
+    for function, into in ((_filtered_lrelu.filtered_lrelu, got), (reference.filtered_lrelu, want)):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, fu, fd, None, **options)
+        into += [y.detach(), torch.autograd.grad(y, leaf, torch.ones_like(y))[0]]
+    assert got[0].isnan().any()
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize(("up", "down_filter"), [(2, lowpass(12)), (4, lowpass(12)), (2, torch.ones(3, 3) / 9)])
+def test_every_byte_once(launches: Launches, up: int, down_filter: Tensor) -> None:
+    """An image of one block: x, y and the signs are read or written once, in the op and in its gradient."""
+    launches.schedules = ONE_SCHEDULE
+    x, b, fu = image(2, 2, 48 // up, 48 // up, dtype=torch.bfloat16), image(2), lowpass(6 * up)
+    options = {"up": up, "down": 2, "padding": (3 * up,) * 4, "gain": 1.0, "slope": 0.2, "clamp": 0.6}
+    function = _filtered_lrelu.filtered_lrelu
+    y = function(x.requires_grad_(), fu, down_filter, b.requires_grad_(), flip_filter=False, **options)
+    y.backward(torch.ones_like(y))
+    (x_bytes, *_, y_bytes, sign_bytes), (grad_y_bytes, _, _, replayed_bytes, grad_x_bytes) = launches.traffic
+    tensor_bytes = [(t.numel() * t.element_size()) for t in (x, y)]
+    assert [x_bytes[0], y_bytes[1]] == tensor_bytes
+    assert [grad_x_bytes[1], grad_y_bytes[0]] == tensor_bytes
+    assert (x_bytes[1], y_bytes[0], sign_bytes[0], replayed_bytes[1]) == (0, 0, 0, 0)
+    mid = (y.shape[2] - 1) * 2 + down_filter.shape[0]
+    assert sign_bytes[1] == replayed_bytes[0] == 4 * (-(-mid // 16) * mid * 4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), up=st.integers(1, 40), down=st.integers(1, 40))
+def test_what_fits_shared_memory_is_said_before_the_launch(data: st.DataObject, up: int, down: int) -> None:
+    side = st.integers(1, 40)
+    fu, fd = (data.draw(st.one_of(st.none(), side.map(torch.ones), st.builds(torch.ones, side, side))) for _ in "ud")
+    x = torch.ones(1, 1, 100, 100)
+    _, used, needed = plan(x, fu, fd, up, down, (0, 0, 0, 0))
+    assert needed == _filtered_lrelu._smallest_tile(fu, fd, up, down)
+    assert used <= _filtered_lrelu._SHARED_BYTES
+    assert (used > 0) == (needed <= _filtered_lrelu._SHARED_BYTES)
