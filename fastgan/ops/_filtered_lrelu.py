@@ -96,7 +96,7 @@ def why_no_kernel(
             return f"its factors and the sides of its filters are at most {_MOST_TAPS}, got {name} of {value}"
     needed = max(_smallest_tile(fu, fd, up, down), _smallest_tile(fd, fu, down, up))
     if needed > _SHARED_BYTES:
-        sizes = " and ".join(str(list(filter_size(f)[::-1])) for f in (fu, fd))
+        sizes = " and ".join("one tap" if f is None else str(list(f.shape)) for f in (fu, fd))
         return (
             f"filters of {sizes} with up {up} and down {down} need {needed} bytes of a block's {_SHARED_BYTES} bytes "
             "of shared memory"
