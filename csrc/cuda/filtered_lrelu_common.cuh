@@ -14,11 +14,11 @@ struct FlreluPlace {
 };
 
 __device__ inline FlreluPlace flrelu_place(const FlreluCall& call, const FlreluPlan& plan, int64_t block) {
-  const int tiles = plan.tiles_x * plan.tiles_y;
+  const int64_t tiles = static_cast<int64_t>(plan.tiles_x) * plan.tiles_y;
   FlreluPlace place;
   place.plane = block / tiles;
-  const int tile = static_cast<int>(block - place.plane * tiles);
-  const int tile_y = tile / plan.tiles_x, tile_x = tile - tile_y * plan.tiles_x;
+  const int64_t tile = block - place.plane * tiles;
+  const int tile_y = static_cast<int>(tile / plan.tiles_x), tile_x = static_cast<int>(tile % plan.tiles_x);
   place.out_x = tile_x * plan.width, place.out_y = tile_y * plan.height;
   place.mid_x = place.out_x * call.along.down + call.along.offset;
   place.mid_y = place.out_y * call.across.down + call.across.offset;

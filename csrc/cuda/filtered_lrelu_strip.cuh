@@ -3,8 +3,9 @@
 // A block owns a strip of the output, kWidth columns wide, and walks down it. Rows of x come into shared memory as
 // float and are upsampled along x there. Then each thread has one column of z: it keeps the kWindow values that the
 // next z needs, and kPending unfinished sums of outputs, in registers all the way down. So z itself, four or more times
-// the size of the image, is nowhere in memory, and nothing is computed twice but the first rows of a strip. What leaves
-// the registers is downsampled along y already; along x it is downsampled from shared memory.
+// the size of the image, is nowhere in memory, and nothing is computed twice but the first rows of a strip and the
+// columns that two strips share. What leaves the registers is downsampled along y already; along x it is downsampled
+// from shared memory.
 //
 // Which tap meets z[q] depends on (q - pad) mod up. Along x, a strip begins at a column where it is up - 1, and throws
 // the columns before its own away; along y it is a template argument, the same for all strips since they begin at
@@ -211,7 +212,7 @@ __device__ __forceinline__ void flrelu_down_along(const FlreluCall& call, const 
   }
 }
 
-// The tap that the first row meets, as a template argument: f<tap>() for tap = kTap or less.
+// flrelu_column with the tap that the first row meets, kTap or less, as its template argument.
 template <class Strip, FlreluMode kMode, int kTap = Strip::kUp - 1>
 __device__ __forceinline__ void flrelu_column_from(int tap, const FlreluCall& call, const FlreluPlace& place,
                                                    const FlreluStripMemory<Strip>& memory, const float* source,
@@ -225,6 +226,7 @@ __device__ __forceinline__ void flrelu_column_from(int tap, const FlreluCall& ca
   flrelu_column<Strip, kMode, kTap>(call, place, memory, source, column);
 }
 
+// Four blocks fill a multiprocessor's registers: told of fewer threads' need, the compiler spills instead, to fit five.
 template <typename T, class Strip, FlreluMode kMode>
 __global__ void __launch_bounds__(kFlreluStripThreads, 4)
     flrelu_strip_kernel(const FlreluCall call, const FlreluPlan plan, int64_t first_block) {
