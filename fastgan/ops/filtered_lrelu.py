@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops import _check
+from fastgan.ops import _check, _filtered_lrelu
 from fastgan.ops.upfirdn2d import check_filter, filter_size, parse_padding
 from fastgan.reference import filtered_lrelu as reference
 
-_CAN_RUN = {"reference": backends.always}
+
+def _cuda_can_run(device: torch.device, dtype: torch.dtype, *, filters: Sequence[Tensor | None], sizes: tuple):
+    """``sizes``: the arguments of why_no_kernel, which is asked only here: CUDA serves where it is named."""
+    if torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in filters):
+        return "fu or fd requires a gradient, which the reference alone computes"
+    return backends.cuda_can_run(device, dtype) or _filtered_lrelu.why_no_kernel(*sizes)
+
+
+_CAN_RUN = {"cuda": _cuda_can_run, "reference": backends.always}
 
 
 def filtered_lrelu(
@@ -34,7 +43,11 @@ def filtered_lrelu(
         y = ↓down(fd * clamp(gain · lrelu(up² · fu * pad(↑up(x + b))), ±clamp))
         out = (in · up + p0 + p1 − (fu − 1) − (fd − 1) + down − 1) // down        along each axis
 
-    Half types are computed in float32 and rounded once; autocast leaves ``x`` as it is.
+    Half types are computed in float32 and rounded once; autocast leaves ``x`` as it is. The CUDA backend, chosen only
+    by name, is one pass over the image, whose result is contiguous; an ``x`` that is not is copied once. It takes any
+    filters whose tiles fit a block's shared memory, unless they require a gradient, and is made for StyleGAN3's
+    separable ones of six taps per factor: up 2 or 4, down 2. It keeps for backward two bits per upsampled pixel,
+    neither ``x`` nor the result.
 
     Args:
         x: [N, C, H, W], floating point; N may be 0.
@@ -77,8 +90,10 @@ def filtered_lrelu(
         raise ValueError(f"{op}: clamp must be above 0 or None, got {clamp}")
     sides = parse_padding(op, padding)
     _check_output_size(op, x, fu, fd, up, down, sides)
-    backends.choose(op, backend, _CAN_RUN, device=x.device, dtype=x.dtype)
-    y = reference.filtered_lrelu(
+    sizes = (x, fu, fd, up, down, sides)
+    chosen = backends.choose(op, backend, _CAN_RUN, device=x.device, dtype=x.dtype, filters=(fu, fd), sizes=sizes)
+    compute = _filtered_lrelu.filtered_lrelu if chosen == "cuda" else reference.filtered_lrelu
+    y = compute(
         x,
         fu,
         fd,
