@@ -190,7 +190,7 @@ def test_cuda_results_without_data(monkeypatch: pytest.MonkeyPatch, layout: torc
     with FakeTensorMode(), CountOps() as mode:
         x = torch.empty(2, 3, 13, 11, device="cuda", dtype=torch.half).to(memory_format=layout)
         f = torch.empty(4, device="cuda")
-        y = ops.upfirdn2d(x, f, up=2, padding=(2, 1), epilogue=ops.Epilogue(act="lrelu"), backend="cuda")
+        y = ops.upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), epilogue=ops.Epilogue(act="lrelu"), backend="cuda")
         assert (y.shape, y.device.type, y.dtype) == ((2, 3, 26, 22), "cuda", torch.half)
         assert y.is_contiguous(memory_format=layout)
     assert mode.calls["fastgan.upfirdn2d_cuda"] == 1
