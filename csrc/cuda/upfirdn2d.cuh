@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "upfirdn2d_tile.cuh"
 
@@ -28,7 +29,7 @@ struct FirMarch {
   static constexpr int kWindow = ((kUp - 1) * kDown + kTaps - 1) / kUp + 1;
   static constexpr int kStrip = fir_strip({kUp, kDown, kTaps});
   static constexpr int kInputRows = kWindow + (kStrip / kUp - 1) * kDown;
-  static_assert(kUp == 1 || kDown == 1);
+  static_assert((kUp == 1 || kDown == 1) && (kUp == 1 || kUp == 2 || kUp == 4));
   static_assert(kStrip % kUp == 0);
 };
 
@@ -96,9 +97,12 @@ __device__ __forceinline__ float sum_fir_rows(const float (&ring)[FirMarch<kUp, 
 
 // A strip of kStrip rows x kUp columns of results. Rows of inputs lie `pitch` apart, rows of results `out_pitch`.
 template <int kUp, int kDown, int kTaps, int kStep, bool kFull>
-__device__ __forceinline__ void march_fir(const float* inputs, int pitch, const FirTaps<kTaps, kFull>& taps,
-                                          float* results, int out_pitch) {
+__device__ __forceinline__ void march_fir(const float* __restrict__ inputs, int pitch,
+                                          const FirTaps<kTaps, kFull>& taps, float* __restrict__ results,
+                                          int out_pitch) {
   using March = FirMarch<kUp, kDown, kTaps>;
+  // What neighbouring results in NCHW are stored as.
+  using Group = std::conditional_t<kUp == 1, float, std::conditional_t<kUp == 2, float2, float4> >;
   float ring[March::kWindow][kFull ? March::kWindow : kUp];
 #pragma unroll
   for (int i = 0; i < March::kInputRows; ++i) {
@@ -109,20 +113,19 @@ __device__ __forceinline__ void march_fir(const float* inputs, int pitch, const 
     }
 #pragma unroll
     for (int oy = 0; oy < kUp; ++oy) {
-      float* target = results + (ready / kDown * kUp + oy) * out_pitch;
-      float sums[kUp];
+      const int row = ready / kDown * kUp + oy;
+      alignas(sizeof(Group)) float sums[kUp];
 #pragma unroll
       for (int ox = 0; ox < kUp; ++ox) {
         sums[ox] = sum_fir_rows<kUp, kDown, kTaps, kFull>(ring, taps, ready, oy, ox);
       }
-      if constexpr (kStep == 1 && kUp == 4) {
-        *reinterpret_cast<float4*>(target) = make_float4(sums[0], sums[1], sums[2], sums[3]);
-      } else if constexpr (kStep == 1 && kUp == 2) {
-        *reinterpret_cast<float2*>(target) = make_float2(sums[0], sums[1]);
+      if constexpr (kStep == 1) {
+        // Counted in groups: of floats, nvcc does not see that the address is aligned.
+        reinterpret_cast<Group*>(results)[row * (out_pitch / kUp)] = *reinterpret_cast<const Group*>(sums);
       } else {
 #pragma unroll
         for (int ox = 0; ox < kUp; ++ox) {
-          target[ox * kStep] = sums[ox];
+          results[row * out_pitch + ox * kStep] = sums[ox];
         }
       }
     }

@@ -17,8 +17,22 @@ T* data_or_null(simt::Buffer<T> buffer) {
   return buffer.size == 0 ? nullptr : buffer.data;
 }
 
+// Of the half types, whose kernels differ in loads and stores alone, those of one filter: compiling all of them takes
+// longer than all tests.
+template <typename T, int kStep>
+fastgan::FirKernel kernel_of(int fir_case) {
+  if constexpr (sizeof(T) == 4) {
+    return fastgan::choose_fir_kernel<T, kStep>(fir_case);
+  } else {
+    if (fir_case > 0) {
+      throw simt::Error("upfirdn2d: the tests have half types of 4 taps by 1 and of general calls");
+    }
+    return fir_case == 0 ? fastgan::fir_kernel<T, 0, kStep> : fastgan::fir_kernel_any<T, kStep>;
+  }
+}
+
 // sizes: samples, channels, channels_last, noise's samples, the filter's dimensions, flip; of both axes, x first: in,
-// out, up, down, taps, pad. numbers: fir_gain, slope, gain, clamp, residual_gain. Returns nothing; what the plan was is
+// out, up, down, taps, pad. numbers: fir_gain, slope, gain, clamp, residual_gain. What the plan was is
 // written to `chosen`: the case, blocks, bytes of shared memory, loads of 16 bytes, stores of 16 bytes, two passes.
 template <typename T>
 void upfirdn2d(simt::Buffer<const T> x, simt::Buffer<const float> f, simt::Buffer<const float> noise,
@@ -50,9 +64,15 @@ void upfirdn2d(simt::Buffer<const T> x, simt::Buffer<const float> f, simt::Buffe
                            plan.params.wide_in, plan.params.wide_out, plan.params.two_passes};
   std::copy(std::begin(facts), std::end(facts), chosen.data);
   simt::launch(static_cast<unsigned>(plan.blocks), fastgan::kFirThreads, plan.shared_bytes,
-               fastgan::fir_kernel_of<T>(plan, channels_last), plan.params);
+               channels_last ? kernel_of<T, fastgan::kFirChunk>(plan.fir_case) : kernel_of<T, 1>(plan.fir_case),
+               plan.params);
 }
 
+void samples_of(std::vector<int64_t> sizes, simt::Buffer<int64_t> samples) {
+  *samples.data = fastgan::fir_samples(sizes[0], sizes[1], sizes[2], sizes[3]);
+}
+
+SIMT_EXPORT("samples_of", samples_of);
 SIMT_EXPORT("float32", upfirdn2d<float>);
 SIMT_EXPORT("float16", upfirdn2d<__half>);
 SIMT_EXPORT("bfloat16", upfirdn2d<__nv_bfloat16>);
