@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kFirThreads, 2) fir_kernel(const __grid_consta
   FASTGAN_SHARED(float, row, [kTaps]);
   FASTGAN_SHARED(float, column, [kTaps]);
   FASTGAN_SHARED(bool, full, );
-  const FirPlace at = fir_place<T, kStep>(p);
+  const FirPlace at = fir_place<T, kStep, kFir.up>(p);
   const int factors = p.filter_stride == 0 ? kTaps : kTaps * kTaps, thread = threadIdx.x;
   if (thread < 32) {
     if (thread < factors) {
@@ -350,7 +350,7 @@ template <typename T, int kStep>
 __global__ void __launch_bounds__(kFirThreads, 2) fir_kernel_any(const __grid_constant__ FirParams p) {
   FASTGAN_DYNAMIC_SHARED(float, inputs);
   float *const tile = inputs + p.tile_offset, *const mid = inputs + p.mid_offset;
-  const FirPlace at = fir_place<T, kStep>(p);
+  const FirPlace at = fir_place<T, kStep, 0>(p);
   const int columns = at.across.lead + p.across.span;
   for (int row = 0; row < p.along.span; row += p.along.held) {
     for (int column = 0; column < columns; column += p.across.held) {

@@ -28,12 +28,17 @@ struct FirOrigin {
   int phase;  // of the upsampled axis from input `in` + `lead` on, where the first result's tap 0 lies: 0 ... up - 1
 };
 
-// align: a power of two that the first input in shared memory is a multiple of.
+// kUp: the axis' factor where the compiler knows it and tiles are shifted, else 0. align: a power of two that the first
+// input in shared memory is a multiple of.
+template <int kUp>
 __device__ inline FirOrigin fir_origin(const FirAxis& axis, int tile, int align) {
   const int64_t out = (static_cast<int64_t>(tile) << axis.tile_log2) - axis.shift;
   const int64_t position = out * axis.down - axis.pad;
   int64_t first = position;
-  if (axis.up > 1) {
+  if constexpr (kUp > 0) {
+    static_assert((kUp & (kUp - 1)) == 0);
+    first = position >> fir_log2(kUp);
+  } else if (axis.up > 1) {
     first = position / axis.up;
     first -= first * axis.up > position;
   }
@@ -48,7 +53,7 @@ struct FirPlace {
 };
 
 // kStep: floats between neighbouring columns in shared memory, 1 in NCHW, kFirChunk in NHWC.
-template <typename T, int kStep>
+template <typename T, int kStep, int kUp>
 __device__ inline FirPlace fir_place(const FirParams& p) {
   FirPlace at{};
   int block = static_cast<int>(blockIdx.x), group = 0, tile_x = 0;
@@ -57,14 +62,14 @@ __device__ inline FirPlace fir_place(const FirParams& p) {
     tile_x = split_off(block, p.tiles_x);
     const int tile_y = split_off(block, p.tiles_y);
     group = block;
-    at.along = fir_origin(p.along, tile_y, 1);
+    at.along = fir_origin<kUp>(p.along, tile_y, 1);
   } else {
     group = split_off(block, p.groups);
     tile_x = split_off(block, p.tiles_x);
-    at.along = fir_origin(p.along, split_off(block, p.tiles_y), 1);
+    at.along = fir_origin<kUp>(p.along, split_off(block, p.tiles_y), 1);
     at.sample = block;
   }
-  at.across = fir_origin(p.across, tile_x, kStep == 1 && p.wide_in ? static_cast<int>(16 / sizeof(T)) : 1);
+  at.across = fir_origin<kUp>(p.across, tile_x, kStep == 1 && p.wide_in ? static_cast<int>(16 / sizeof(T)) : 1);
   at.first_unit = group << p.unit_log2;
   at.units = min(1 << p.unit_log2, p.units - at.first_unit);
   return at;
@@ -221,7 +226,6 @@ __device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot
   if (vector && !curved) {
     load_floats(vector, along);
   }
-  alignas(16) T out[kVector];
   alignas(16) T residual[kVector];
   if (p.residual) {
     const T* source = static_cast<const T*>(p.residual) + spot.offset;
@@ -231,23 +235,37 @@ __device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot
       residual[0] = *source;
     }
   }
+  const auto each = [&](auto&& step) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = step(values[i], i);
+    }
+  };
+  if (curved) {
+    each([&](float value, int) { return value * p.gain; });
+  } else {
+    each([&](float value, int) { return value * p.fir_gain + shift; });
+    if (vector) {
+      each([&](float value, int i) { return value + factor * along[i]; });
+    }
+    if (p.act == FirAct::kRelu) {
+      // Zero times -infinity would be a NaN.
+      each([](float value, int) { return value < 0 ? 0.0f : value; });
+    }
+    const float below = p.slope * p.gain;
+    each([&](float value, int) { return value * (value < 0 ? below : p.gain); });
+  }
+  if (p.clamp < INFINITY) {
+    // fminf would make a bound of a NaN.
+    each([&](float value, int) { return value > p.clamp ? p.clamp : (value < -p.clamp ? -p.clamp : value); });
+  }
+  if (p.residual) {
+    each([&](float value, int i) { return value + p.residual_gain * static_cast<float>(residual[i]); });
+  }
+  alignas(16) T out[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    float value = values[i];
-    if (!curved) {
-      value = value * p.fir_gain + shift;
-      if (vector) {
-        value += factor * along[i];
-      }
-      // Of relu's -infinity, zero times it would be a NaN.
-      value = value < 0 ? (p.act == FirAct::kRelu ? 0.0f : p.slope * value) : value;
-    }
-    value *= p.gain;
-    value = value > p.clamp ? p.clamp : (value < -p.clamp ? -p.clamp : value);
-    if (p.residual) {
-      value += p.residual_gain * static_cast<float>(residual[i]);
-    }
-    out[i] = static_cast<T>(value);
+    out[i] = static_cast<T>(values[i]);
   }
   T* target = static_cast<T*>(p.y) + spot.offset;
   if constexpr (kVector > 1) {
