@@ -74,8 +74,7 @@ constexpr int kFirChunk = 16;
 // into the 64 KB of sm_75.
 constexpr int kFirMostBytes = 47 * 1024, kFirGoodBytes = 21 * 1024;
 
-// Rows of the result that a thread makes one after another: of each row of the image that it has filtered along x, so
-// many results are made.
+// Rows of the result that a thread makes one after another, for which it filters each row of the image along x once.
 constexpr int fir_strip(FirCase c) { return c.down > 1 && c.taps <= 4 ? 4 : 8; }
 
 struct FirPlan {
@@ -199,8 +198,8 @@ inline int64_t plan_fir_general(FirParams& p, bool channels_last, int vector) {
   return bytes;
 }
 
-// Divides the result of some samples among blocks. Of `p`, all but the fields that this sets must be there; addresses
-// only for their alignment. `sides`: in, out, up, down, taps and pad of both axes.
+// Divides the result of some samples among blocks. p: the addresses, of which the images' alignment decides on loads;
+// of both axes in, out, up, down, taps and pad; samples, channels, filter_stride; what else the caller knows.
 inline FirPlan plan_fir(FirParams p, bool channels_last, int item_bytes) {
   const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
   const int vector = 16 / item_bytes;
@@ -228,7 +227,7 @@ inline FirPlan plan_fir(FirParams p, bool channels_last, int item_bytes) {
 
 // So many samples of a batch have fewer than 2^30 planes and blocks.
 inline int64_t fir_samples(int64_t samples, int64_t channels, int64_t out_h, int64_t out_w) {
-  // No tile has fewer than 16 results but that of a smaller plane, which then is one tile.
+  // No tile has fewer than 8 results but that of a smaller plane, which then is one tile.
   const int64_t tiles = std::max<int64_t>(1, out_h * out_w / 8);
   return std::clamp<int64_t>((int64_t{1} << 30) / std::max<int64_t>(1, tiles * channels), 1, samples);
 }

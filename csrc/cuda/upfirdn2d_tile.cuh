@@ -188,44 +188,65 @@ __device__ inline void load_floats(const float* source, float (&values)[kVector]
   }
 }
 
-// A vector of results on its way: where it lies, and what is added to it before the activation.
+// Results on their way: where they lie, and what is added to them before the activation.
 struct FirSpot {
   int64_t offset;  // in y and in the residual
   const float *noise, *bias;
-  float strength;
 };
 
-// kStep > 1: noise is one number and bias a vector, else the other way round.
+// Of element i of the tile, [unit, row, column] or [row, column, unit]; whether there is such a result.
 template <int kStep>
-__device__ inline float fir_shift(const FirSpot& spot, int i) {
-  float shift = spot.bias ? __ldg(spot.bias + (kStep == 1 ? 0 : i)) : 0.0f;
-  if (spot.noise) {
-    shift += spot.strength * __ldg(spot.noise + (kStep == 1 ? i : 0));
+__device__ inline bool find_fir_spot(const FirParams& p, const FirPlace& at, int i, FirSpot& spot) {
+  const FirAxis &across = p.across, &along = p.along;
+  const int pixel = kStep == 1 ? i : i / kStep;
+  const int column = pixel & ((1 << across.tile_log2) - 1);
+  const int row = pixel >> across.tile_log2 & ((1 << along.tile_log2) - 1);
+  const int unit = kStep == 1 ? i >> (across.tile_log2 + along.tile_log2) : i % kStep;
+  const int w = at.across.out + column, h = at.along.out + row;
+  if (unit >= at.units || w < 0 || w >= across.out || h < 0 || h >= along.out) {
+    return false;
   }
-  return shift;
+  const int first = at.first_unit + unit;
+  int sample = at.sample, channel = first;
+  if constexpr (kStep == 1) {
+    sample = first;
+    channel = split_off(sample, p.per_sample);
+  }
+  const int64_t in_plane = static_cast<int64_t>(h) * across.out + w,
+                plane = static_cast<int64_t>(along.out) * across.out;
+  spot.offset = kStep == 1 ? first * plane + in_plane : (sample * plane + in_plane) * p.channels + channel;
+  spot.noise = p.noise ? p.noise + sample * p.noise_stride + in_plane : nullptr;
+  spot.bias = p.bias ? p.bias + channel : nullptr;
+  return true;
 }
 
-// y = clamp(gain act(fir_gain sum + strength noise + bias)) + residual_gain residual of kVector results, whose sums lie
-// in shared memory.
-template <typename T, int kStep, int kVector>
-__device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot, float* sums) {
-  const bool curved = p.act >= FirAct::kTanh;
-  if (curved) {
-    // In a loop and in place: written out, the curved functions would be most of the kernel.
+// act(fir_gain sum + strength noise + bias) of a curved one, in place. One by one and apart from the rest, for written
+// out for vectors the curved functions would be most of the kernel.
+template <int kStep>
+__device__ inline void curve_fir_tile(const FirParams& p, const FirPlace& at, float strength, float* tile) {
+  const int log2 = p.across.tile_log2 + p.along.tile_log2 + p.unit_log2;
 #pragma unroll 1
-    for (int i = 0; i < kVector; ++i) {
-      sums[i] = curved_fir_act(sums[i] * p.fir_gain + fir_shift<kStep>(spot, i), p.act);
+  for (int i = threadIdx.x; i < 1 << log2; i += kFirThreads) {
+    FirSpot spot;
+    if (find_fir_spot<kStep>(p, at, i, spot)) {
+      const float noise = spot.noise ? strength * __ldg(spot.noise) : 0.0f;
+      tile[i] = curved_fir_act(tile[i] * p.fir_gain + noise + (spot.bias ? __ldg(spot.bias) : 0.0f), p.act);
     }
   }
+}
+
+// y = clamp(gain act(fir_gain sum + strength noise + bias)) + residual_gain residual of kVector results, whose sums,
+// or values of a curved activation, lie in shared memory.
+template <typename T, int kStep, int kVector>
+__device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot, float strength, const float* sums) {
   float values[kVector], along[kVector];
+  const auto each = [&](auto&& step) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = step(values[i], i);
+    }
+  };
   load_floats(sums, values);
-  const float* const vector = kStep == 1 ? spot.noise : spot.bias;
-  const float* const scalar = kStep == 1 ? spot.bias : spot.noise;
-  const float factor = kStep == 1 ? spot.strength : 1.0f;
-  const float shift = scalar ? (kStep == 1 ? 1.0f : spot.strength) * __ldg(scalar) : 0.0f;
-  if (vector && !curved) {
-    load_floats(vector, along);
-  }
   alignas(16) T residual[kVector];
   if (p.residual) {
     const T* source = static_cast<const T*>(p.residual) + spot.offset;
@@ -235,18 +256,17 @@ __device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot
       residual[0] = *source;
     }
   }
-  const auto each = [&](auto&& step) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] = step(values[i], i);
-    }
-  };
-  if (curved) {
+  if (p.act >= FirAct::kTanh) {
     each([&](float value, int) { return value * p.gain; });
   } else {
+    // One of the two is the same for the whole vector.
+    const float* const scalar = kStep == 1 ? spot.bias : spot.noise;
+    const float* const vector = kStep == 1 ? spot.noise : spot.bias;
+    const float shift = scalar ? (kStep == 1 ? 1.0f : strength) * __ldg(scalar) : 0.0f;
     each([&](float value, int) { return value * p.fir_gain + shift; });
     if (vector) {
-      each([&](float value, int i) { return value + factor * along[i]; });
+      load_floats(vector, along);
+      each([&](float value, int i) { return value + (kStep == 1 ? strength : 1.0f) * along[i]; });
     }
     if (p.act == FirAct::kRelu) {
       // Zero times -infinity would be a NaN.
@@ -275,44 +295,29 @@ __device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot
   }
 }
 
-// The tile of sums, [unit, row, column] or [row, column, unit], to memory.
 template <typename T, int kStep, int kVector>
-__device__ inline void finish_fir_tile(const FirParams& p, const FirPlace& at, float* tile) {
-  const FirAxis &across = p.across, &along = p.along;
-  const int log2 = across.tile_log2 + along.tile_log2 + p.unit_log2;
-  const float strength = p.strength ? __ldg(p.strength) : 1.0f;
+__device__ inline void finish_fir_tile(const FirParams& p, const FirPlace& at, float strength, const float* tile) {
+  const int log2 = p.across.tile_log2 + p.along.tile_log2 + p.unit_log2;
   for (int i = threadIdx.x * kVector; i < 1 << log2; i += kFirThreads * kVector) {
-    const int pixel = kStep == 1 ? i : i / kStep;
-    const int column = pixel & ((1 << across.tile_log2) - 1);
-    const int row = pixel >> across.tile_log2 & ((1 << along.tile_log2) - 1);
-    const int unit = kStep == 1 ? i >> (across.tile_log2 + along.tile_log2) : i % kStep;
-    const int w = at.across.out + column, h = at.along.out + row;
-    if (unit >= at.units || w < 0 || w >= across.out || h < 0 || h >= along.out) {
-      continue;
+    FirSpot spot;
+    if (find_fir_spot<kStep>(p, at, i, spot)) {
+      finish_fir_vector<T, kStep, kVector>(p, spot, strength, tile + i);
     }
-    const int first = at.first_unit + unit;
-    int sample = first, channel = first;
-    if constexpr (kStep == 1) {
-      channel = split_off(sample, p.per_sample);
-    } else {
-      sample = at.sample;
-    }
-    const int64_t in_plane = static_cast<int64_t>(h) * across.out + w, plane = int64_t{along.out} * across.out;
-    FirSpot spot{};
-    spot.offset = kStep == 1 ? first * plane + in_plane : (sample * plane + in_plane) * p.channels + channel;
-    spot.noise = p.noise ? p.noise + sample * p.noise_stride + in_plane : nullptr;
-    spot.bias = p.bias ? p.bias + channel : nullptr;
-    spot.strength = strength;
-    finish_fir_vector<T, kStep, kVector>(p, spot, tile + i);
   }
 }
 
+// The tile of sums through the epilogue to memory.
 template <typename T, int kStep>
 __device__ inline void finish_fir(const FirParams& p, const FirPlace& at, float* tile) {
+  const float strength = p.strength ? __ldg(p.strength) : 1.0f;
+  if (p.act >= FirAct::kTanh) {
+    curve_fir_tile<kStep>(p, at, strength, tile);
+    __syncthreads();
+  }
   if (p.wide_out) {
-    finish_fir_tile<T, kStep, 16 / sizeof(T)>(p, at, tile);
+    finish_fir_tile<T, kStep, 16 / sizeof(T)>(p, at, strength, tile);
   } else {
-    finish_fir_tile<T, kStep, 1>(p, at, tile);
+    finish_fir_tile<T, kStep, 1>(p, at, strength, tile);
   }
 }
 
