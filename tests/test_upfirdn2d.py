@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastgan
-from fastgan import ops
+from fastgan import backends, ops
 from fastgan.reference.activation import ACTIVATIONS
 from tests.helpers import CountOps, assert_close_to_float64, gradients, layouts
 
@@ -172,8 +175,65 @@ def test_compiles_without_breaks() -> None:
 def test_backend_choice() -> None:
     x = image(1, 1, 4, 4)
     assert fastgan.explain("upfirdn2d", x, SEPARABLE).backend == "cpp"
-    with pytest.raises(ValueError, match=r"upfirdn2d: backend 'cuda' .* has no kernel for this op"):
+    with pytest.raises(ValueError, match=r"upfirdn2d: backend 'cuda' .* it runs on cuda tensors, got cpu"):
         ops.upfirdn2d(x, None, backend="cuda")
+
+
+def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA library is there, as far as the choice of a backend can see."""
+    monkeypatch.setitem(backends._LIBRARIES, "cuda", replace(backends._LIBRARIES["cuda"], reason=None))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cuda_results_without_data(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
+    on_the_gpu(monkeypatch)
+    with FakeTensorMode(), CountOps() as mode:
+        x = torch.empty(2, 3, 13, 11, device="cuda", dtype=torch.half).to(memory_format=layout)
+        f = torch.empty(4, device="cuda")
+        y = ops.upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), epilogue=ops.Epilogue(act="lrelu"), backend="cuda")
+        assert (y.shape, y.device.type, y.dtype) == ((2, 3, 26, 22), "cuda", torch.half)
+        assert y.is_contiguous(memory_format=layout)
+    assert mode.calls["fastgan.upfirdn2d_cuda"] == 1
+
+
+def test_what_cuda_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_gpu(monkeypatch)
+    with FakeTensorMode():
+        x = torch.empty(1, 1, 4, 4, device="cuda")
+        assert fastgan.explain("upfirdn2d", x, None, backend="cuda").backend == "cuda"
+        assert fastgan.explain("upfirdn2d", x, None).backend != "cuda"
+        with pytest.raises(ValueError, match=r"it takes float32, bfloat16 and float16, got torch\.float64"):
+            ops.upfirdn2d(x.double(), None, backend="cuda")
+        with pytest.raises(ValueError, match=r"sides, taps and paddings below 2\^30 and factors below 2\^24"):
+            ops.upfirdn2d(x, None, down=2**24, backend="cuda")
+        with pytest.raises(ValueError, match="f requires a gradient, which the reference alone computes"):
+            ops.upfirdn2d(x, torch.empty(3, device="cuda", requires_grad=True), backend="cuda")
+
+
+@pytest.mark.parametrize("name", ["upfirdn2d", "upfirdn2d_cuda"])
+def test_gradients_stay_on_the_op(name: str) -> None:
+    """Of both orders. On the CPU the reference stands in for the CUDA kernel, with the op's own gradients."""
+    op = getattr(torch.ops.fastgan, name).default
+    x, bias = image(2, 2, 4, 5).requires_grad_(), image(2).requires_grad_()
+
+    def function(x: Tensor, bias: Tensor, act: str = "swish", clamp: float | None = 0.9) -> Tensor:
+        fir = ((2, 2), (1, 1), (2, 1, 2, 1), False, 4.0)
+        return op(x, SEPARABLE.double(), None, None, bias, None, *fir, act, 0.0, 1.4, clamp, 1.0)
+
+    assert gradcheck(function, (x, bias), fast_mode=True)
+    assert gradgradcheck(function, (x, bias), fast_mode=True)
+    with CountOps() as mode:
+        (grad,) = torch.autograd.grad(function(x, bias, "linear", None).square().sum(), x, create_graph=True)
+        torch.autograd.grad(grad.square().sum(), x)
+    assert {k: v for k, v in mode.calls.items() if k.startswith("fastgan")} == {f"fastgan.{name}": 4}
+    with CountOps() as mode:
+        # Where the activation's slope needs what came before it, that is the same op again.
+        function(x, bias).sum().backward()
+    found = {k: v for k, v in mode.calls.items() if k.startswith("fastgan")}
+    assert found == {f"fastgan.{name}": 3, "fastgan.activation_grad": 1}
+    rest = ((2, 2), (1, 1), (2, 1, 2, 1), False, 4.0, "swish", 0.0, 1.4, 0.9, 1.0)
+    given = x.detach().float().requires_grad_()
+    torch.library.opcheck(op, (given, FIR, None, None, bias.detach().float(), None, *rest))
 
 
 def test_a_trained_filter_runs_on_the_reference() -> None:

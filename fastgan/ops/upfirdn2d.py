@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,18 +28,29 @@ from fastgan.reference.epilogue import Epilogue
 _NOTHING = Epilogue()
 
 
+# Below these the CUDA kernels' positions in a tile fit into an int.
+_MOST_PIXELS, _MOST_FACTOR = 2**30, 2**24
+
+
 def _unless_trained(can_run):
     """``can_run`` of a backend whose op has no gradient for the filter."""
 
-    def predicate(device: torch.device, dtype: torch.dtype, *, trained: bool) -> str | None:
+    def predicate(device: torch.device, dtype: torch.dtype, *, trained: bool, **facts: bool) -> str | None:
         if trained:
             return "f requires a gradient, which the reference alone computes"
-        return can_run(device, dtype)
+        return can_run(device, dtype, **facts)
 
     return predicate
 
 
+def _cuda_can_run(device: torch.device, dtype: torch.dtype, *, large: bool) -> str | None:
+    if large:
+        return "it takes sides, taps and paddings below 2^30 and factors below 2^24"
+    return backends.cuda_can_run(device, dtype)
+
+
 _BACKENDS = {
+    "cuda": _unless_trained(_cuda_can_run),
     "triton": _unless_trained(backends.triton_can_run),
     "cpp": _unless_trained(backends.cpp_can_run),
     "reference": backends.always,
@@ -78,7 +89,8 @@ def upfirdn2d(
         gain: factor on the result. (On the filter, that is gain^(f.ndim / 2).)
         epilogue: what follows, at the output's size: noise, bias [C], activation, clamp, residual; see
             :class:`Epilogue`.
-        backend: see :func:`fastgan.backend`.
+        backend: see :func:`fastgan.backend`. "cuda" takes float32, float16 and bfloat16, runs only where it is named,
+            and keeps the gradients of ``x`` of every order; those of the activation are activation_grad's.
 
     Returns:
         [N, C, out_h, out_w], ``x``'s dtype.
@@ -100,7 +112,7 @@ def upfirdn2d(
     trained = isinstance(f, Tensor) and f.requires_grad and torch.is_grad_enabled()
     options = (up, down, padding, flip_filter, gain, *settings, trained, backend)
     plan = find_plan("upfirdn2d", _make_plan, (x, f, *tensors), options)
-    if plan.reference:
+    if plan.op is None:
         factors_up, factors_down, sides, flip, factor = plan.fir
         y = reference.upfirdn2d(
             x,
@@ -115,7 +127,7 @@ def upfirdn2d(
     else:
         f = None if f is None else contiguous(f, plan.wide)
         tensors = epilogue_tensors(epilogue, x.dtype)
-        y = _op(dense(x), f, *tensors, *plan.fir, *plan.act, plan.residual_gain)
+        y = plan.op(dense(x), f, *tensors, *plan.fir, *plan.act, plan.residual_gain)
     if _check.DEBUG:
         _check.no_nan("upfirdn2d", y)
     return y
@@ -124,7 +136,7 @@ def upfirdn2d(
 class _Plan(NamedTuple):
     """What follows from a call's signature."""
 
-    reference: bool
+    op: Callable[..., Tensor] | None  # None: the reference
     fir: tuple  # up, down, padding, flip_filter, gain
     act: Activated
     residual_gain: float
@@ -157,10 +169,13 @@ def _make_plan(
     sides = parse_padding(op, padding)
     height, width = output_size(op, x, filter_size(f), factors_up, factors_down, sides)
     check_epilogue(op, epilogue, x, (x.shape[0], x.shape[1], height, width))
-    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype, trained=trained)
+    extents = (height, width, *x.shape[2:], *filter_size(f), *map(abs, sides))
+    large = any(v >= _MOST_PIXELS for v in extents) or max(factors_up + factors_down) >= _MOST_FACTOR
+    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype, trained=trained, large=large)
     act = Activated(epilogue.act, *resolve(epilogue.act, epilogue.alpha, epilogue.gain), epilogue.clamp)
     fir = (factors_up, factors_down, sides, bool(flip_filter), float(gain))
-    return _Plan(chosen == "reference", fir, act, float(residual_gain), _check.accumulate_dtype(x.dtype))
+    serves = {"reference": None, "cuda": _op_cuda}.get(chosen, _op)
+    return _Plan(serves, fir, act, float(residual_gain), _check.accumulate_dtype(x.dtype))
 
 
 def check_filter(op: str, name: str, f: Tensor | None, x: Tensor) -> None:
@@ -218,7 +233,7 @@ def output_size(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# fastgan::upfirdn2d
+# fastgan::upfirdn2d, and the same op on CUDA C++: Triton's kernel has the other one's place on the GPU
 
 
 def _fallback(x, f, noise, noise_strength, bias, residual, up, down, padding, flip_filter, fir_gain, *settings):
@@ -260,11 +275,6 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(f, noise, strength, bias, saved_y, None if from_output else x)
 
 
-def _plain(x: Tensor, f: Tensor | None, noise, strength, bias, *fir) -> Tensor:
-    """The filter, noise and bias without what follows."""
-    return _op(dense(x), f, noise, strength, bias, None, *fir, "linear", 0.0, 1.0, None, 1.0)
-
-
 def _adjoint(fir, taps: tuple[int, int], input_hw: Sequence[int], output_hw: Sequence[int]) -> tuple:
     """The options of the upfirdn2d that maps cotangents of the result back to ``x``.
 
@@ -281,30 +291,41 @@ def _adjoint(fir, taps: tuple[int, int], input_hw: Sequence[int], output_hw: Seq
     return down, up, sides, not flip_filter, gain
 
 
-def _backward(ctx, grad_y: Tensor):
-    f, noise, strength, bias, y, x = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    if needs[1]:
-        raise NotImplementedError("upfirdn2d: the gradient of f has no kernel; backend='reference' computes it")
-    grads: list[Tensor | None] = [None] * 6
-    g = None
-    if any(needs[:5]):
-        g = ctx.act.cotangent(grad_y, y, lambda: _plain(x, f, noise, strength, bias, *ctx.fir))
-    grads[2:6] = epilogue_grads(needs[2:6], grad_y, g, noise, strength, bias, ctx.residual_gain)
-    if needs[0]:
-        adjoint = _adjoint(ctx.fir, filter_size(f), ctx.input_hw, ctx.output_hw)
-        grads[0] = _plain(g, f, None, None, None, *adjoint)
-    return (*grads, *[None] * 10)
+def _define(name: str, triton: str | None = None) -> Callable[..., Tensor]:
+    """The op ``name``, whose gradients are itself."""
+
+    def plain(x: Tensor, f: Tensor | None, noise, strength, bias, *fir) -> Tensor:
+        """The filter, noise and bias without what follows."""
+        return op(dense(x), f, noise, strength, bias, None, *fir, "linear", 0.0, 1.0, None, 1.0)
+
+    def backward(ctx, grad_y: Tensor):
+        f, noise, strength, bias, y, x = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if needs[1]:
+            raise NotImplementedError("upfirdn2d: the gradient of f has no kernel; backend='reference' computes it")
+        grads: list[Tensor | None] = [None] * 6
+        g = None
+        if any(needs[:5]):
+            g = ctx.act.cotangent(grad_y, y, lambda: plain(x, f, noise, strength, bias, *ctx.fir))
+        grads[2:6] = epilogue_grads(needs[2:6], grad_y, g, noise, strength, bias, ctx.residual_gain)
+        if needs[0]:
+            adjoint = _adjoint(ctx.fir, filter_size(f), ctx.input_hw, ctx.output_hw)
+            grads[0] = plain(g, f, None, None, None, *adjoint)
+        return (*grads, *[None] * 10)
+
+    op = define(
+        name,
+        "(Tensor x, Tensor? f, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual, int[2] up,"
+        " int[2] down, SymInt[4] padding, bool flip_filter, float fir_gain, str act, float alpha, float gain,"
+        " float? clamp, float residual_gain) -> Tensor",
+        fallback=_fallback,
+        fake=_fake,
+        setup_context=_setup_context,
+        backward=backward,
+        triton=triton,
+    )
+    return op
 
 
-_op = define(
-    "upfirdn2d",
-    "(Tensor x, Tensor? f, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual, int[2] up,"
-    " int[2] down, SymInt[4] padding, bool flip_filter, float fir_gain, str act, float alpha, float gain, float? clamp,"
-    " float residual_gain) -> Tensor",
-    fallback=_fallback,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    triton="upfirdn2d.upfirdn2d",
-)
+_op = _define("upfirdn2d", triton="upfirdn2d.upfirdn2d")
+_op_cuda = _define("upfirdn2d_cuda")
