@@ -29,8 +29,8 @@ template <PatchForm kForm>
 __device__ __forceinline__ void evaluate(float x, float anchor, float& value, float& slope) {
   if constexpr (kForm == PatchForm::kBce) {
     const float e = expf(-fabsf(x)), high = __fdividef(1.0f, 1.0f + e), low = e * high;
-    value = (x < 0.0f ? 0.0f : x) - anchor * x + log1p_unit(e);
-    // sigmoid(x) - anchor would lose a confident, right answer's slope to cancellation.
+    // Not softplus(x) - anchor x and sigmoid(x) - anchor: of a confident, right answer they cancel.
+    value = (1.0f - anchor) * (x < 0.0f ? 0.0f : x) + anchor * (x > 0.0f ? 0.0f : -x) + log1p_unit(e);
     slope = (1.0f - anchor) * (x < 0.0f ? low : high) - anchor * (x < 0.0f ? high : low);
   } else if constexpr (kForm == PatchForm::kSquare) {
     value = (x - anchor) * (x - anchor);

@@ -51,11 +51,6 @@ class Simulated:
         traffic = simt_build.run(self.module, function, *arguments, schedules=self.schedules)
         self.traffic.append((function, traffic))
 
-    def read(self, function: str) -> list[int]:
-        """Bytes that the last call of ``function`` read of each array."""
-        (*_, traffic) = [traffic for name, traffic in self.traffic if name.startswith(function)]
-        return [read for _, read, _ in traffic]
-
 
 @contextmanager
 def on_simulated_kernels(

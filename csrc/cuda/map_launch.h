@@ -1,0 +1,92 @@
+// What the launchers of kernels over a list of maps do with torch's tensors.
+#pragma once
+
+#include <vector>
+
+#include "launch.h"
+#include "map_list.h"
+
+namespace fastgan {
+
+inline bool is_channels_last(const Tensor& x) {
+  if (x.dim() != 4) {
+    return false;
+  }
+  int64_t stride = 1;
+  for (const int64_t axis : {1, 3, 2, 0}) {
+    if (x.size(axis) != 1 && x.stride(axis) != stride) {
+      return false;
+    }
+    stride *= x.size(axis);
+  }
+  return true;
+}
+
+inline void check_dense(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_contiguous() || is_channels_last(x), op, ": every map must be contiguous or channels_last");
+}
+
+inline bool same_order(const Tensor& x, const Tensor& y) {
+  return (x.is_contiguous() && y.is_contiguous()) || (is_channels_last(x) && is_channels_last(y));
+}
+
+// x in the memory order of `like`, a dense tensor of the same shape.
+inline Tensor in_order_of(const Tensor& x, const Tensor& like) {
+  if (same_order(x, like)) {
+    return x;
+  }
+  Tensor copy = torch::stable::empty_like(like);
+  return torch::stable::copy_(copy, x);
+}
+
+inline Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+inline std::vector<Tensor> empty_gradients(const std::vector<Tensor>& first, bool want_first,
+                                           const std::vector<Tensor>& second, bool want_second) {
+  std::vector<Tensor> gradients;
+  for (const auto& [maps, wanted] : {std::pair{&first, want_first}, {&second, want_second}}) {
+    for (size_t i = 0; wanted && i < maps->size(); ++i) {
+      gradients.push_back(torch::stable::empty_like((*maps)[i]));
+    }
+  }
+  return gradients;
+}
+
+inline std::vector<void*> written(std::vector<Tensor>& tensors) {
+  std::vector<void*> pointers;
+  for (Tensor& tensor : tensors) {
+    pointers.push_back(tensor.mutable_data_ptr());
+  }
+  return pointers;
+}
+
+inline std::vector<const void*> read(const std::vector<Tensor>& tensors) {
+  std::vector<const void*> pointers;
+  for (const Tensor& tensor : tensors) {
+    pointers.push_back(tensor.const_data_ptr());
+  }
+  return pointers;
+}
+
+// Launches `kernel` for all maps, kMost at a time; sums: whether it adds up.
+template <int kMost, typename Map, typename Batch>
+void launch_maps(const char* op, void (*kernel)(const Batch), const std::vector<Map>& maps, const MapWorkspace& needed,
+                 bool sums, const Tensor& like, Batch& batch) {
+  const Tensor floats = empty_floats(like, {sums ? needed.floats : 0});
+  const Tensor counters = torch::stable::new_zeros(like, {sums ? needed.counters : 0}, ScalarType::Int);
+  batch.span = needed.span;
+  batch.sums.partial = static_cast<float*>(floats.mutable_data_ptr());
+  batch.sums.contributions = batch.sums.partial + needed.partial;
+  batch.sums.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
+  const cudaStream_t stream = current_stream(like);
+  for (size_t begin = 0; begin < maps.size(); begin += kMost) {
+    const int blocks = batch_maps<kMost>(maps, begin, batch);
+    kernel<<<blocks, kMapThreads, 0, stream>>>(batch);
+    check_launch(op);
+    advance_sums(batch.sums, blocks, batch.count);
+  }
+}
+
+}  // namespace fastgan
