@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "device.h"
 #include "launch.h"
 #include "map_list.h"
 
@@ -70,22 +71,49 @@ inline std::vector<const void*> read(const std::vector<Tensor>& tensors) {
   return pointers;
 }
 
-// Launches `kernel` for all maps, kMost at a time; sums: whether it adds up.
+// Calls f with an object of the element type.
+template <typename F>
+void dispatch_dtype(const char* op, const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(__half{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": dtype must be float32, bfloat16 or float16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+// Memory for the sums of launches; the tensors are kept until these are queued.
+inline std::vector<Tensor> reserve_sums(const MapWorkspace& needed, const Tensor& like, MapSums& sums) {
+  Tensor floats = empty_floats(like, {needed.floats});
+  Tensor counters = torch::stable::new_zeros(like, {needed.counters}, ScalarType::Int);
+  sums.partial = floats.mutable_data_ptr<float>();
+  sums.contributions = sums.partial + needed.partial;
+  sums.counters = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int32_t>());
+  return {floats, counters};
+}
+
+// Launches `kernel` for all maps, kMost at a time; `adds`: it leaves sums.
 template <int kMost, typename Map, typename Batch>
 void launch_maps(const char* op, void (*kernel)(const Batch), const std::vector<Map>& maps, const MapWorkspace& needed,
-                 bool sums, const Tensor& like, Batch& batch) {
-  const Tensor floats = empty_floats(like, {sums ? needed.floats : 0});
-  const Tensor counters = torch::stable::new_zeros(like, {sums ? needed.counters : 0}, ScalarType::Int);
+                 bool adds, const Tensor& like, Batch& batch) {
+  std::vector<Tensor> kept;
+  if (adds) {
+    kept = reserve_sums(needed, like, batch.sums);
+  }
   batch.span = needed.span;
-  batch.sums.partial = static_cast<float*>(floats.mutable_data_ptr());
-  batch.sums.contributions = batch.sums.partial + needed.partial;
-  batch.sums.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
   const cudaStream_t stream = current_stream(like);
   for (size_t begin = 0; begin < maps.size(); begin += kMost) {
     const int blocks = batch_maps<kMost>(maps, begin, batch);
     kernel<<<blocks, kMapThreads, 0, stream>>>(batch);
     check_launch(op);
-    advance_sums(batch.sums, blocks, batch.count);
+    if (adds) {
+      advance_sums(batch.sums, blocks, batch.count);
+    }
   }
 }
 

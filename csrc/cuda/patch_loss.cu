@@ -48,22 +48,6 @@ const float* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-// Calls f with an object of the element type.
-template <typename F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Half:
-      return f(__half{});
-    case ScalarType::BFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, "patch_loss: dtype must be float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss(const Maps& real, const Maps& fake,
                                                       const std::optional<Tensor>& sample_weight,
                                                       const std::vector<double>& scale, const std::string& form,
@@ -83,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_loss(const Maps& real, const Ma
   batch.sample_weight = data_or_null(sample_weight);
   batch.cut = static_cast<float>(cut), batch.form = parse_form(form);
   batch.sums.result = loss.mutable_data_ptr<float>();
-  dispatch(first, [&](auto element) {
+  dispatch_dtype("patch_loss", first, [&](auto element) {
     using T = decltype(element);
     const MapWorkspace needed = divide_patch_maps(maps, sizeof(T));
     launch_maps<kPatchMaps>("patch_loss", patch_loss_kernel<T>, maps, needed, true, first, batch);
@@ -111,7 +95,7 @@ Maps patch_loss_bwd(const Tensor& grad_loss, const Tensor& slopes, const Maps& r
   PatchBatch batch{};
   batch.sample_weight = data_or_null(sample_weight);
   batch.grad_loss = grad_loss.const_data_ptr<float>();
-  dispatch(first, [&](auto element) {
+  dispatch_dtype("patch_loss", first, [&](auto element) {
     using T = decltype(element);
     const MapWorkspace needed = divide_patch_maps(maps, sizeof(T));
     launch_maps<kPatchMaps>("patch_loss_bwd", patch_loss_bwd_kernel<T>, maps, needed, false, first, batch);
@@ -138,7 +122,7 @@ Maps patch_loss_bwd_bwd(const Maps& cotangents, const Tensor& grad_loss, const T
   batch.sample_weight = data_or_null(sample_weight);
   batch.grad_loss = grad_loss.const_data_ptr<float>(), batch.form = parse_form(form);
   batch.sums.result = grad_grad_loss.mutable_data_ptr<float>();
-  dispatch(first, [&](auto element) {
+  dispatch_dtype("patch_loss", first, [&](auto element) {
     using T = decltype(element);
     const MapWorkspace needed = divide_patch_maps(maps, sizeof(T));
     launch_maps<kPatchMaps>("patch_loss_bwd_bwd", patch_loss_bwd_bwd_kernel<T>, maps, needed, true, first, batch);

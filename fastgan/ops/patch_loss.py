@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops import _check, _patch_loss
+from fastgan.ops import _check, _map_list, _patch_loss
 from fastgan.reference import patch_loss as reference
 
 MODES = ("vanilla", "lsgan", "wgan", "hinge")
@@ -32,19 +32,8 @@ class PatchLoss(NamedTuple):
     fake_accuracy: Tensor | None
 
 
-_MOST_PER_SAMPLE = 2**31  # csrc/cuda/patch_loss.cuh counts them in 32 bits
-
-
-def _cuda_can_run(device: torch.device, dtype: torch.dtype, maps: Sequence[Tensor]) -> str | None:
-    reason = backends.cuda_can_run(device, dtype)
-    most = max([x.numel() // max(1, x.shape[0]) for x in maps])
-    if reason is None and most >= _MOST_PER_SAMPLE:
-        return f"it takes less than {_MOST_PER_SAMPLE} elements per sample, got {most}"
-    return reason
-
-
 _CAN_RUN = {
-    "cuda": _cuda_can_run,
+    "cuda": _map_list.cuda_can_run,
     "triton": backends.triton_can_run,
     "cpp": backends.cpp_can_run,
     "reference": backends.always,

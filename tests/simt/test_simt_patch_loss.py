@@ -36,9 +36,7 @@ class PatchLoss(Simulated):
         results = unwritten(), unwritten(len(real)), unwritten(len(fake)), unwritten(sum(x.numel() for x in wanted))
         arguments = *self.maps(real, fake), *self.weights(weight, scale), CODES[form], real_anchor, fake_anchor, cut
         targets = [flat(x, written=True) for x in results]
-        self.run(
-            f"forward_{name_of((real or fake)[0].dtype)}", *arguments, paired, real_slopes, fake_slopes, *targets
-        )
+        self.run(f"forward_{name_of((real or fake)[0].dtype)}", *arguments, paired, real_slopes, fake_slopes, *targets)
         return results
 
     def backward(self, grad_loss, slopes, real, fake, weight, scale, form, paired, real_slopes, fake_slopes):
@@ -95,7 +93,9 @@ def make_maps(seed: int, dtype: torch.dtype, shapes: Sequence[Sequence[int]], sc
 
 def results(real, fake, *, backend: str, wanted: str = "rf", second: bool = True, **options) -> list[Tensor]:
     """Loss, accuracies, gradients, and the gradients of a function of these that reach maps and the loss's factor."""
-    real, fake = ([x.detach().requires_grad_(side in wanted) for x in maps] for maps, side in ((real, "r"), (fake, "f")))
+    real, fake = (
+        [x.detach().requires_grad_(side in wanted) for x in maps] for maps, side in ((real, "r"), (fake, "f"))
+    )
     leaves = [x for x in (*real, *fake) if x.requires_grad]
     factor = torch.tensor(3.0, dtype=torch.promote_types(torch.float32, leaves[0].dtype), requires_grad=True)
     found = ops.patch_loss(real or None, fake or None, backend=backend, **options)
@@ -119,8 +119,10 @@ def check(real, fake, **options) -> None:
         options["sample_weight"] = weight
     eager = results(real, fake, backend="reference", **options)
     for i, (a, b, c) in enumerate(zip(fused, eager, exact, strict=True)):
-        # Sums of terms that cancel, the loss and the gradient of its factor, are held to the rounding of the terms.
-        floor = FLOORS[a.dtype] * (2 + 2 / c.abs().clamp_min(1e-3).item()) if c.ndim == 0 else None
+        # Sums of terms that cancel, the loss and the gradient of its factor, are held to the rounding of the terms; the
+        # second one is over gradients in the maps' dtype.
+        floor = FLOORS[a.dtype if i == 0 else (real or fake)[0].dtype]
+        floor = floor * (2 + 2 / c.abs().clamp_min(1e-3).item()) if c.ndim == 0 else None
         assert_close_to_float64(a, b.to(a.dtype), c, floor=floor, what=f"result {i}")
 
 
@@ -182,7 +184,11 @@ def test_every_byte_is_read_and_written_once(kernels, dtype):
 def test_more_than_one_launch_and_more_than_one_tile(kernels):
     kernels.schedules = simt_build.SCHEDULES[:2]
     shapes = [(2, 1 + i % 5) for i in range(41)]
-    check(make_maps(8, torch.float32, shapes), make_maps(9, torch.float32, shapes), map_weight=[0.1 * i for i in range(41)])
+    check(
+        make_maps(8, torch.float32, shapes),
+        make_maps(9, torch.float32, shapes),
+        map_weight=[0.1 * i for i in range(41)],
+    )
     kernels.schedules = ONE_SCHEDULE
     (large,) = make_maps(10, torch.float32, [(3, 1, 592, 593)])
     weight = torch.tensor([0.5, 2.0, 1.0])
