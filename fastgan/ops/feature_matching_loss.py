@@ -52,8 +52,8 @@ def feature_matching_loss(
         map_weight: [maps], a factor per map, constant; floats, or a tensor (reading one waits for its device).
         mask: weights >= 0, constant, broadcastable to [N, 1, ...] of its map, any floating dtype or bool; a tensor for
             all maps of one size, or a list. A mask of zeros gives the loss 0 and zero gradients.
-        backend: "cuda", "triton", "cpp" or "reference"; None chooses, "cuda" only where it is named. That takes float32,
-            bfloat16 and float16, any number of maps in launches of 36, and computes gradients of both orders as well.
+        backend: "cuda", "triton", "cpp" or "reference"; None chooses. "cuda" serves only where it is named; it takes
+            float32, bfloat16 and float16, 36 maps per launch, and has gradients of both orders.
 
     Returns:
         0-dim, float32 (float64 for float64 maps). A NaN in a feature makes it NaN; an empty map (N = 0) contributes 0.

@@ -90,8 +90,8 @@ def patch_loss(
         map_weight: [maps], a factor on each map's terms, constant; floats, or a tensor (reading one waits for its
             device).
         paired: compare real and fake by index (relativistic).
-        backend: "cuda", "triton", "cpp" or "reference"; None chooses, "cuda" only where it is named. That takes float32,
-            bfloat16 and float16, any number of maps in launches of 37, and computes gradients of both orders as well.
+        backend: "cuda", "triton", "cpp" or "reference"; None chooses. "cuda" serves only where it is named; it takes
+            float32, bfloat16 and float16, 37 maps per launch, and has gradients of both orders.
 
     Returns:
         :class:`PatchLoss`. Accuracies are the critic's on either side, and not differentiable: real is right above the
