@@ -39,13 +39,13 @@ __device__ __forceinline__ void store_run(T* target, int inside, bool wide, cons
   if (wide && inside >= kCount) {
 #pragma unroll
     for (int v = 0; v < kCount; v += kVector<T>) {
-      uint4 stored;
-      T* elements = reinterpret_cast<T*>(&stored);
+      alignas(16) T elements[kVector<T>];
 #pragma unroll
       for (int k = 0; k < kVector<T>; ++k) {
         elements[k] = static_cast<T>(values[v + k]);
       }
-      *reinterpret_cast<uint4*>(target + v) = stored;
+      // An intrinsic: a plain store of the structure may become four.
+      __stcg(reinterpret_cast<uint4*>(target + v), *reinterpret_cast<const uint4*>(elements));
     }
     return;
   }
