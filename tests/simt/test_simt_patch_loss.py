@@ -182,18 +182,13 @@ def test_every_byte_is_read_and_written_once(kernels, dtype):
 
 
 def test_more_than_one_launch_and_more_than_one_tile(kernels):
-    kernels.schedules = simt_build.SCHEDULES[:2]
+    kernels.schedules = simt_build.SCHEDULES[1:3]
     shapes = [(2, 1 + i % 5) for i in range(41)]
-    check(
-        make_maps(8, torch.float32, shapes),
-        make_maps(9, torch.float32, shapes),
-        map_weight=[0.1 * i for i in range(41)],
-    )
+    check(make_maps(8, torch.float32, shapes), [], map_weight=[0.1 * i for i in range(41)])
     kernels.schedules = ONE_SCHEDULE
-    (large,) = make_maps(10, torch.float32, [(3, 1, 592, 593)])
-    weight = torch.tensor([0.5, 2.0, 1.0])
-    got = ops.patch_loss(large, None, sample_weight=weight, backend="cuda")
-    want = ops.patch_loss(large.double(), None, sample_weight=weight, backend="reference")
+    (large,) = make_maps(10, torch.float32, [(1, 1, 1025, 1026)])
+    got = ops.patch_loss(large, None, mode="hinge", backend="cuda")
+    want = ops.patch_loss(large.double(), None, mode="hinge", backend="reference")
     assert got.loss.item() == pytest.approx(want.loss.item(), rel=3e-7)
     assert got.real_accuracy.item() == pytest.approx((large > 0).double().mean().item(), rel=1e-7)
 
