@@ -14,6 +14,7 @@
 #pragma once
 
 #include "device.h"
+#include "reduce.cuh"
 #include "spectral_sigma_plan.h"
 
 namespace fastgan {
@@ -30,47 +31,6 @@ __device__ inline int sigma_position(const SigmaAxis& axis, int i) {
     return i * axis.inner_step;
   }
   return i / axis.inner * axis.outer_step + i % axis.inner * axis.inner_step;
-}
-
-__device__ inline float warp_sum(float value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  }
-  return value;
-}
-
-// The sum of a value of all threads of the block, in every thread.
-__device__ inline float block_sum(float value) {
-  FASTGAN_SHARED(float, sums, [kSigmaWarps]);
-  value = warp_sum(value);
-  // Whoever still reads the sums of the call before.
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) {
-    sums[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  float total = 0;
-  for (int i = 0; i < kSigmaWarps; ++i) {
-    total += sums[i];
-  }
-  return total;
-}
-
-// Whether this block is the last one of `expected` to come here: then it sees what the others wrote before, and the
-// counter is 0 again.
-__device__ inline bool arrive(unsigned* counter, unsigned expected) {
-  FASTGAN_SHARED(bool, last, );
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1u) == expected - 1;
-    __threadfence();
-    if (last) {
-      atomicExch(counter, 0u);
-    }
-  }
-  __syncthreads();
-  return last;
 }
 
 // max(sqrt(squares), eps), written so that a NaN stays one.
@@ -206,7 +166,7 @@ __device__ inline void sweep_sigma(const SigmaLayer& layer, int begin, int end, 
     }
   }
   if (kRead) {
-    sigma = block_sum(sigma);
+    sigma = block_sum<kSigmaThreads>(sigma);
     if (threadIdx.x == 0) {
       *partial = sigma;
     }
@@ -243,7 +203,7 @@ __device__ inline void finish_sigma(const SigmaLayer& layer, const float* first,
     const float product = __ldcg(first + a);
     squares += product * product;
   }
-  const float first_factor = 1.0f / sigma_norm(block_sum(squares), eps);
+  const float first_factor = 1.0f / sigma_norm(block_sum<kSigmaThreads>(squares), eps);
   for (int a = threadIdx.x; a < owned; a += kSigmaThreads) {
     layer.own_out[sigma_position(layer.owned, a)] = __ldcg(first + a) * first_factor;
   }
@@ -254,7 +214,7 @@ __device__ inline void finish_sigma(const SigmaLayer& layer, const float* first,
     squares += second * second;
     partial[b] = second;
   }
-  const float total = block_sum(squares);
+  const float total = block_sum<kSigmaThreads>(squares);
   const float factor = 1.0f / sigma_norm(total, eps);
   for (int b = threadIdx.x; b < spanned; b += kSigmaThreads) {
     layer.other_out[sigma_position(layer.spanned, b)] = partial[b] * factor;
@@ -286,7 +246,7 @@ __global__ void __launch_bounds__(kSigmaThreads, 2) sigma_kernel(const __grid_co
       for (int i = threadIdx.x; i < layer.blocks; i += kSigmaThreads) {
         sum += __ldcg(partial + i * stride);
       }
-      sum = block_sum(sum);
+      sum = block_sum<kSigmaThreads>(sum);
       if (threadIdx.x == 0) {
         *layer.sigma = sum;
       }

@@ -108,6 +108,11 @@ struct Convert<std::vector<Buffer<T>>> {
   static std::vector<Buffer<T>> from(const Argument& argument, size_t position) {
     const auto* arrays = std::get_if<std::vector<Array>>(&argument);
     if (!arrays) {
+      // A list of nothing may be one of anything.
+      const auto* integers = std::get_if<std::vector<int64_t>>(&argument);
+      if (integers && integers->empty()) {
+        return {};
+      }
       throw Error("simt: argument " + std::to_string(position) + " must be a list of arrays");
     }
     std::vector<Buffer<T>> buffers;

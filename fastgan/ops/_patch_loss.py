@@ -12,6 +12,7 @@ once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -215,57 +216,11 @@ def _bwd_bwd_fake(cotangents: list[Tensor], grad_loss: Tensor, slopes: Tensor, *
     return [torch.empty_like(grad_loss), *_bwd_fake(grad_loss, slopes, *rest)]
 
 
-_forward = _library.define(
-    "patch_loss",
-    "(Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, float real_anchor,"
-    " float fake_anchor, float cut, bool paired, bool real_slopes, bool fake_slopes)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    fallback=_forward_plain,
-    fake=_forward_fake,
-    triton="patch_loss.patch_loss",
-)
-_SETTING = (
-    "Tensor grad_loss, Tensor slopes, Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, "
-    "bool paired, bool real_slopes, bool fake_slopes"
-)
-_bwd = _library.define(
-    "patch_loss_bwd",
-    f"({_SETTING}) -> Tensor[]",
-    fallback=_bwd_plain,
-    fake=_bwd_fake,
-    triton="patch_loss.patch_loss_bwd",
-)
-_bwd_bwd = _library.define(
-    "patch_loss_bwd_bwd",
-    f"(Tensor[] cotangents, {_SETTING}) -> Tensor[]",
-    fallback=_bwd_bwd_plain,
-    fake=_bwd_bwd_fake,
-    triton="patch_loss.patch_loss_bwd_bwd",
-)
-
-
 def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     real, fake, sample_weight, scale, form, _, _, _, paired, real_slopes, fake_slopes = inputs
     ctx.save_for_backward(output[3], sample_weight, *real, *fake)
     ctx.reals = len(real)
     ctx.setting = (scale, form, paired, real_slopes, fake_slopes)
-
-
-def _backward(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
-    slopes, sample_weight, *maps = ctx.saved_tensors
-    reals = ctx.reals
-    real_slopes, fake_slopes = ctx.setting[-2:]
-    if not (real_slopes and fake_slopes):
-        _check_recorded(ctx, real_slopes, fake_slopes)
-    if torch.is_grad_enabled():
-        found = _gradient(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
-    else:
-        # Straight to the kernel: autograd's own entry would only find that it has nothing to record.
-        with torch._C._AutoDispatchBelowAutograd():
-            found = _bwd(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
-    if real_slopes and fake_slopes:
-        return found
-    return _by_map(found, reals, len(maps) - reals, real_slopes, fake_slopes)
 
 
 def _by_map(
@@ -292,15 +247,6 @@ def _setup_bwd(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.setting = setting
 
 
-def _bwd_backward(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
-    grad_loss, slopes, sample_weight, *maps = ctx.saved_tensors
-    reals = ctx.reals
-    first, *rest = _gradient_of_gradient(
-        list(cotangents), grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting
-    )
-    return [first, *_by_map(rest, reals, len(maps) - reals, *ctx.setting[-2:])]
-
-
 def _setup_bwd_bwd(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     """Nothing is saved: there is no third order."""
 
@@ -312,23 +258,85 @@ def _no_third_order(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
     )
 
 
-forward = _library.register_autograd(
-    _forward,
-    differentiable=lambda real, fake, *rest: (*real, *fake),
-    setup_context=_setup_forward,
-    backward=_backward,
-    ask_engine=False,
+_SETTING = (
+    "Tensor grad_loss, Tensor slopes, Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, "
+    "bool paired, bool real_slopes, bool fake_slopes"
 )
-_gradient = _library.register_autograd(
-    _bwd,
-    differentiable=lambda grad_loss, slopes, real, fake, *rest: (grad_loss, *real, *fake),
-    setup_context=_setup_bwd,
-    backward=_bwd_backward,
-    ask_engine=False,
-)
-_gradient_of_gradient = _library.register_autograd(
-    _bwd_bwd,
-    differentiable=lambda cotangents, grad_loss, slopes, real, fake, *rest: (*cotangents, grad_loss, *real, *fake),
-    setup_context=_setup_bwd_bwd,
-    backward=_no_third_order,
-)
+
+
+class _Family:
+    """The three ops on one set of kernels, and their autograd: a loss's gradients are computed where it was.
+
+    Attributes:
+        op, bwd_op, bwd_bwd_op: the registered ops.
+        forward, bwd, bwd_bwd: functions that call them through autograd.
+    """
+
+    def __init__(self, suffix: str, *, triton: bool) -> None:
+        def define(name: str, schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+            kernel = f"patch_loss.{name}" if triton else None
+            return _library.define(name + suffix, schema, fallback=fallback, fake=fake, triton=kernel)
+
+        self.op = define(
+            "patch_loss",
+            "(Tensor[] real, Tensor[] fake, Tensor? sample_weight, float[] scale, str form, float real_anchor,"
+            " float fake_anchor, float cut, bool paired, bool real_slopes, bool fake_slopes)"
+            " -> (Tensor, Tensor, Tensor, Tensor)",
+            _forward_plain,
+            _forward_fake,
+        )
+        self.bwd_op = define("patch_loss_bwd", f"({_SETTING}) -> Tensor[]", _bwd_plain, _bwd_fake)
+        self.bwd_bwd_op = define(
+            "patch_loss_bwd_bwd", f"(Tensor[] cotangents, {_SETTING}) -> Tensor[]", _bwd_bwd_plain, _bwd_bwd_fake
+        )
+        self.forward = _library.register_autograd(
+            self.op,
+            differentiable=lambda real, fake, *rest: (*real, *fake),
+            setup_context=_setup_forward,
+            backward=self._backward,
+            ask_engine=False,
+        )
+        self.bwd = _library.register_autograd(
+            self.bwd_op,
+            differentiable=lambda grad_loss, slopes, real, fake, *rest: (grad_loss, *real, *fake),
+            setup_context=_setup_bwd,
+            backward=self._bwd_backward,
+            ask_engine=False,
+        )
+        self.bwd_bwd = _library.register_autograd(
+            self.bwd_bwd_op,
+            differentiable=lambda cotangents, grad_loss, slopes, real, fake, *_: (*cotangents, grad_loss, *real, *fake),
+            setup_context=_setup_bwd_bwd,
+            backward=_no_third_order,
+        )
+
+    def _backward(self, ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+        slopes, sample_weight, *maps = ctx.saved_tensors
+        reals = ctx.reals
+        real_slopes, fake_slopes = ctx.setting[-2:]
+        if not (real_slopes and fake_slopes):
+            _check_recorded(ctx, real_slopes, fake_slopes)
+        if torch.is_grad_enabled():
+            found = self.bwd(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
+        else:
+            # Straight to the kernel: autograd's own entry would only find that it has nothing to record.
+            with torch._C._AutoDispatchBelowAutograd():
+                found = self.bwd_op(grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting)
+        if real_slopes and fake_slopes:
+            return found
+        return _by_map(found, reals, len(maps) - reals, real_slopes, fake_slopes)
+
+    def _bwd_backward(self, ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
+        grad_loss, slopes, sample_weight, *maps = ctx.saved_tensors
+        reals = ctx.reals
+        first, *rest = self.bwd_bwd(
+            list(cotangents), grad_loss, slopes, maps[:reals], maps[reals:], sample_weight, *ctx.setting
+        )
+        return [first, *_by_map(rest, reals, len(maps) - reals, *ctx.setting[-2:])]
+
+
+_shared = _Family("", triton=True)
+forward = _shared.forward
+_forward, _bwd, _bwd_bwd = _shared.op, _shared.bwd_op, _shared.bwd_bwd_op
+# The same ops on CUDA C++: Triton's kernels have the others' place on the GPU.
+forward_cuda = _Family("_cuda", triton=False).forward

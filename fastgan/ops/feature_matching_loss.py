@@ -9,15 +9,22 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops import _check
+from fastgan.ops import _check, _map_list
 from fastgan.ops._library import define
 from fastgan.reference.feature_matching_loss import feature_matching_loss as reference
 
 _NAME = "feature_matching_loss"
-_CAN_RUN = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
 _SIGN_BLOCK, _SIGN_WORDS = 256, 16  # csrc/cpu/feature_matching_loss.cpp packs the signs of 256 values in 16 words
 
 Maps = Tensor | Sequence[Tensor]
+
+
+_CAN_RUN = {
+    "cuda": _map_list.cuda_can_run,
+    "triton": backends.triton_can_run,
+    "cpp": backends.cpp_can_run,
+    "reference": backends.always,
+}
 
 
 def feature_matching_loss(
@@ -45,7 +52,8 @@ def feature_matching_loss(
         map_weight: [maps], a factor per map, constant; floats, or a tensor (reading one waits for its device).
         mask: weights >= 0, constant, broadcastable to [N, 1, ...] of its map, any floating dtype or bool; a tensor for
             all maps of one size, or a list. A mask of zeros gives the loss 0 and zero gradients.
-        backend: "triton", "cpp" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpp" or "reference"; None chooses. "cuda" serves only where it is named; it takes
+            float32, bfloat16 and float16, 36 maps per launch, and has gradients of both orders.
 
     Returns:
         0-dim, float32 (float64 for float64 maps). A NaN in a feature makes it NaN; an empty map (N = 0) contributes 0.
@@ -65,12 +73,14 @@ def feature_matching_loss(
     weights = _map_weight(map_weight, len(fakes))
     masks = _as_masks(mask, fakes)
     first = fakes[0]
-    if backends.choose(_NAME, backend, _CAN_RUN, first.device, first.dtype) == "reference":
+    chosen = backends.choose(_NAME, backend, _CAN_RUN, first.device, first.dtype, maps=fakes)
+    if chosen == "reference":
         loss = reference(fakes, reals, kind=kind, map_weight=weights, masks=masks)
     else:
         _align(fakes, reals)
         record = torch.is_grad_enabled() and any(x.requires_grad for x in (*fakes, *reals))
-        loss = _forward(fakes, reals, _expanded(masks, fakes), weights, kind, record and kind == "l1")[0]
+        compute = _forward_cuda if chosen == "cuda" else _forward
+        loss = compute(fakes, reals, _expanded(masks, fakes), weights, kind, record and kind == "l1")[0]
     _check.no_nan(_NAME, loss)
     return loss
 
@@ -288,33 +298,10 @@ def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.kind, ctx.maps = kind, len(fake)
 
 
-def _backward(ctx: Any, grad_loss: Tensor) -> tuple:
-    fake_needs, real_needs = ctx.needs_input_grad[:2]
-    want_fake, want_real = any(fake_needs), any(real_needs)
-    if not (want_fake or want_real):
-        return (None,) * 6
-    signs, factors, *tensors = ctx.saved_tensors
-    n = ctx.maps
-    found = _bwd(
-        grad_loss, signs, factors, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], ctx.kind, want_fake, want_real
-    )
-    return (found[:n] if want_fake else None, found[-n:] if want_real else None, None, None, None, None)
-
-
 def _setup_bwd(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     grad_loss, signs, factors, fake, real, masks, *setting = inputs
     ctx.save_for_backward(grad_loss, signs, factors, *fake, *real, *masks)
     ctx.setting, ctx.maps = setting, len(fake)
-
-
-def _bwd_backward(ctx: Any, cotangents: list[Tensor]) -> tuple:
-    grad_loss, signs, factors, *tensors = ctx.saved_tensors
-    n = ctx.maps
-    first, *found = _bwd_bwd(
-        cotangents, grad_loss, signs, factors, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], *ctx.setting
-    )
-    _, want_fake, want_real = ctx.setting
-    return (first, None, None, found[:n] if want_fake else None, found[-n:] if want_real else None, *[None] * 4)
 
 
 def _setup_bwd_bwd(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -328,35 +315,74 @@ def _no_third_order(ctx: Any, cotangents: list[Tensor]) -> tuple:
     )
 
 
-_forward = define(
-    _NAME,
-    "(Tensor[] fake, Tensor[] real, Tensor[] masks, float[] weight, str kind, bool keep_signs)"
-    " -> (Tensor, Tensor, Tensor)",
-    fallback=_forward_plain,
-    fake=_forward_fake,
-    setup_context=_setup_forward,
-    backward=_backward,
-    triton="feature_matching_loss.feature_matching_loss",
-)
 _SETTING = (
     "Tensor grad_loss, Tensor signs, Tensor factors, Tensor[] fake, Tensor[] real, Tensor[] masks, str kind, "
     "bool want_fake, bool want_real"
 )
-_bwd = define(
-    f"{_NAME}_bwd",
-    f"({_SETTING}) -> Tensor[]",
-    fallback=_bwd_plain,
-    fake=_bwd_fake,
-    setup_context=_setup_bwd,
-    backward=_bwd_backward,
-    triton="feature_matching_loss.feature_matching_loss_bwd",
-)
-_bwd_bwd = define(
-    f"{_NAME}_bwd_bwd",
-    f"(Tensor[] cotangents, {_SETTING}) -> Tensor[]",
-    fallback=_bwd_bwd_plain,
-    fake=_bwd_bwd_fake,
-    setup_context=_setup_bwd_bwd,
-    backward=_no_third_order,
-    triton="feature_matching_loss.feature_matching_loss_bwd_bwd",
-)
+
+
+class _Family:
+    """The three ops on one set of kernels, and their autograd: a loss's gradients are computed where it was.
+
+    Attributes:
+        forward, bwd, bwd_bwd: functions that call the registered ops through autograd.
+    """
+
+    def __init__(self, suffix: str, *, triton: bool) -> None:
+        def kernel(name: str) -> str | None:
+            return f"feature_matching_loss.{name}" if triton else None
+
+        self.forward = define(
+            f"{_NAME}{suffix}",
+            "(Tensor[] fake, Tensor[] real, Tensor[] masks, float[] weight, str kind, bool keep_signs)"
+            " -> (Tensor, Tensor, Tensor)",
+            fallback=_forward_plain,
+            fake=_forward_fake,
+            setup_context=_setup_forward,
+            backward=self._backward,
+            triton=kernel(_NAME),
+        )
+        self.bwd = define(
+            f"{_NAME}_bwd{suffix}",
+            f"({_SETTING}) -> Tensor[]",
+            fallback=_bwd_plain,
+            fake=_bwd_fake,
+            setup_context=_setup_bwd,
+            backward=self._bwd_backward,
+            triton=kernel(f"{_NAME}_bwd"),
+        )
+        self.bwd_bwd = define(
+            f"{_NAME}_bwd_bwd{suffix}",
+            f"(Tensor[] cotangents, {_SETTING}) -> Tensor[]",
+            fallback=_bwd_bwd_plain,
+            fake=_bwd_bwd_fake,
+            setup_context=_setup_bwd_bwd,
+            backward=_no_third_order,
+            triton=kernel(f"{_NAME}_bwd_bwd"),
+        )
+
+    def _backward(self, ctx: Any, grad_loss: Tensor) -> tuple:
+        fake_needs, real_needs = ctx.needs_input_grad[:2]
+        want_fake, want_real = any(fake_needs), any(real_needs)
+        if not (want_fake or want_real):
+            return (None,) * 6
+        signs, factors, *tensors = ctx.saved_tensors
+        n = ctx.maps
+        found = self.bwd(
+            grad_loss, signs, factors, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], ctx.kind, want_fake, want_real
+        )
+        return (found[:n] if want_fake else None, found[-n:] if want_real else None, None, None, None, None)
+
+    def _bwd_backward(self, ctx: Any, cotangents: list[Tensor]) -> tuple:
+        grad_loss, signs, factors, *tensors = ctx.saved_tensors
+        n = ctx.maps
+        first, *found = self.bwd_bwd(
+            cotangents, grad_loss, signs, factors, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], *ctx.setting
+        )
+        _, want_fake, want_real = ctx.setting
+        return (first, None, None, found[:n] if want_fake else None, found[-n:] if want_real else None, *[None] * 4)
+
+
+_forward = _Family("", triton=True).forward
+# The same ops on CUDA C++: Triton's kernels have the others' place on the GPU.
+_forward_cuda = _Family("_cuda", triton=False).forward

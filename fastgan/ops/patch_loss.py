@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backends
-from fastgan.ops import _check, _patch_loss
+from fastgan.ops import _check, _map_list, _patch_loss
 from fastgan.reference import patch_loss as reference
 
 MODES = ("vanilla", "lsgan", "wgan", "hinge")
@@ -32,7 +32,12 @@ class PatchLoss(NamedTuple):
     fake_accuracy: Tensor | None
 
 
-_CAN_RUN = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
+_CAN_RUN = {
+    "cuda": _map_list.cuda_can_run,
+    "triton": backends.triton_can_run,
+    "cpp": backends.cpp_can_run,
+    "reference": backends.always,
+}
 
 Maps = Tensor | Sequence[Tensor] | None
 
@@ -85,7 +90,8 @@ def patch_loss(
         map_weight: [maps], a factor on each map's terms, constant; floats, or a tensor (reading one waits for its
             device).
         paired: compare real and fake by index (relativistic).
-        backend: "triton", "cpp" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpp" or "reference"; None chooses. "cuda" serves only where it is named; it takes
+            float32, bfloat16 and float16, 37 maps per launch, and has gradients of both orders.
 
     Returns:
         :class:`PatchLoss`. Accuracies are the critic's on either side, and not differentiable: real is right above the
@@ -126,6 +132,7 @@ class _Plan(NamedTuple):
     copies: bool  # some map is neither contiguous nor channels_last, or a pair differs in memory order
     paired: bool
     compute: torch.dtype  # of a sample weight
+    cuda: bool  # the op's twin on CUDA C++
 
 
 # A critic asks the same few questions in every step, and checking one costs more than a small map's loss. Cleared when
@@ -188,16 +195,17 @@ def _make_plan(
         raise ValueError(f"patch_loss: map_weight must be [maps] = [{count}], got [{len(weights)}]")
     scale = [share * weight for weight in weights or [1.0] * count]
     compute = _check.accumulate_dtype(first.dtype)
-    if backends.choose("patch_loss", backend, _CAN_RUN, first.device, first.dtype) == "reference":
+    chosen = backends.choose("patch_loss", backend, _CAN_RUN, first.device, first.dtype, maps=(*real, *fake))
+    if chosen == "reference":
         keywords = {"mode": mode, "side": side, "real_target": real_target, "fake_target": fake_target}
-        return _Plan({**keywords, "map_scale": scale, "paired": paired}, (), False, paired, compute)
+        return _Plan({**keywords, "map_scale": scale, "paired": paired}, (), False, paired, compute, False)
     form, anchors = _form(mode, side, real_target, fake_target, paired)
     cut = reference.threshold(mode, real_target, fake_target) if not paired else 0.0
     record = torch.is_grad_enabled()
     slopes = [record and any([x.requires_grad for x in maps]) for maps in (real, fake)]
     copies = not all([_is_dense(x) for x in (*real, *fake)])
     copies = copies or (paired and any([r.stride() != f.stride() for r, f in zip(real, fake, strict=True)]))
-    return _Plan(None, (scale, form, *anchors, cut, paired, *slopes), copies, paired, compute)
+    return _Plan(None, (scale, form, *anchors, cut, paired, *slopes), copies, paired, compute, chosen == "cuda")
 
 
 def _run(real: Sequence[Tensor], fake: Sequence[Tensor], sample_weight: Tensor | None, plan: _Plan) -> PatchLoss:
@@ -207,7 +215,8 @@ def _run(real: Sequence[Tensor], fake: Sequence[Tensor], sample_weight: Tensor |
             _align(real, fake)
     if sample_weight is not None:
         sample_weight = sample_weight.to(plan.compute).contiguous()
-    loss, real_accuracy, fake_accuracy, _ = _patch_loss.forward(real, fake, sample_weight, *plan.setting)
+    forward = _patch_loss.forward_cuda if plan.cuda else _patch_loss.forward
+    loss, real_accuracy, fake_accuracy, _ = forward(real, fake, sample_weight, *plan.setting)
     return PatchLoss(loss, real_accuracy if real else None, fake_accuracy if fake else None)
 
 
