@@ -57,28 +57,23 @@ __device__ inline float2 unpack_pair(uint32_t bits) {
 // eight rows that differ modulo 8 are in different ones.
 __device__ inline int conv_chunk(int row, int chunk) { return row * 4 + (chunk ^ (row / 2 & 3)); }
 
-// What a block works on: its first sample, row, column and output channel, and stages first ... last of the depth.
+// What a block works on: its first sample, row, column and output channel.
 struct ConvPlace {
   int sample, y, x, o;
-  int first, last;
-  int tile, split;
 };
 
-// Output channels are the fastest part of a block's number: blocks that run at the same time read the same pixels.
+// The part of the depth is the fastest part of a block's number, then output channels: blocks that run at the same time
+// read the same pixels.
 template <typename Tile>
 __device__ inline ConvPlace conv_place(const ModulatedConv& conv) {
   ConvPlace place;
-  int index = blockIdx.x;
-  place.split = index % conv.splits;
-  place.tile = index /= conv.splits;
+  int index = blockIdx.x / conv.splits;
   place.o = index % conv.tiles_o * Tile::kOutputs;
   index /= conv.tiles_o;
   place.x = index % conv.tiles_x * Tile::kWidth;
   index /= conv.tiles_x;
   place.y = index % conv.tiles_y * Tile::kHeight;
   place.sample = index / conv.tiles_y * Tile::kSamples;
-  place.first = place.split * conv.depth_of_split;
-  place.last = min(place.first + conv.depth_of_split, (conv.c_in + kConvDepth - 1) / kConvDepth);
   return place;
 }
 
@@ -222,20 +217,22 @@ __device__ inline void multiply_conv(const ModulatedConv& conv, const ConvPlace&
   // A stage's pixels come with the group of the first tap before, and are scaled at the last one.
   static_assert(kConvStages <= kConvTaps);
   uint4* const weights = memory + 2 * kPixels;
-  const int steps = (place.last - place.first) * kConvTaps;
+  const int first = blockIdx.x % conv.splits * conv.depth_of_split;
+  const int stages = min(conv.depth_of_split, (conv.c_in + kConvDepth - 1) / kConvDepth - first);
+  const int steps = stages * kConvTaps;
   const auto request_weights = [&](int step) {
     if (step < steps) {
-      copy_weights<T, Tile>(conv, place, place.first + step / kConvTaps, step % kConvTaps,
+      copy_weights<T, Tile>(conv, place, first + step / kConvTaps, step % kConvTaps,
                             weights + step % kConvStages * kWeights);
     }
   };
-  copy_pixels<T, Tile>(conv, place, place.first, memory);
+  copy_pixels<T, Tile>(conv, place, first, memory);
   for (int step = 0; step < kConvStages - 1; ++step) {
     request_weights(step);
     commit_copies();
   }
   wait_copies<kConvStages - 2>();
-  scale_pixels<T, Tile>(conv, place, place.first, memory, peaks);
+  scale_pixels<T, Tile>(conv, place, first, memory, peaks);
   for (int step = 0; step < steps; ++step) {
     const int stage = step / kConvTaps, tap = step % kConvTaps;
     wait_copies<kConvStages - 2>();
@@ -243,13 +240,13 @@ __device__ inline void multiply_conv(const ModulatedConv& conv, const ConvPlace&
     __syncthreads();
     request_weights(step + kConvStages - 1);
     uint4* const next = memory + (stage + 1) % 2 * kPixels;
-    const bool more = place.first + stage + 1 < place.last;
+    const bool more = stage + 1 < stages;
     if (tap == 0 && more) {
-      copy_pixels<T, Tile>(conv, place, place.first + stage + 1, next);
+      copy_pixels<T, Tile>(conv, place, first + stage + 1, next);
     }
     commit_copies();
     if (tap == kConvTaps - 1 && more) {
-      scale_pixels<T, Tile>(conv, place, place.first + stage + 1, next, peaks);
+      scale_pixels<T, Tile>(conv, place, first + stage + 1, next, peaks);
     }
     multiply_tap<T, Tile>(memory + stage % 2 * kPixels, weights + step % kConvStages * kWeights, tap, sums);
   }
@@ -258,34 +255,38 @@ __device__ inline void multiply_conv(const ModulatedConv& conv, const ConvPlace&
 // Where several blocks share the depth: writes this one's sums, and in the last block to come here adds all of them, in
 // the order of the depth. Whether this is that block.
 template <typename Tile>
-__device__ inline bool join_splits(const ModulatedConv& conv, const ConvPlace& place, ConvSums<Tile>& sums) {
+__device__ inline bool join_splits(const ModulatedConv& conv, ConvSums<Tile>& sums) {
   FASTGAN_SHARED(bool, last, );
   constexpr int kFragments = Tile::kRowFragments * Tile::kColumnFragments;
-  float4* const partial = reinterpret_cast<float4*>(conv.partial) +
-                          int64_t{place.tile} * conv.splits * kFragments * Tile::kThreads + threadIdx.x;
-  float4* const own = partial + int64_t{place.split} * kFragments * Tile::kThreads;
+  const int tile = blockIdx.x / conv.splits;
+  const auto of_split = [&](int64_t split) {
+    return reinterpret_cast<float4*>(conv.partial) +
+           (int64_t{tile} * conv.splits + split) * kFragments * Tile::kThreads + threadIdx.x;
+  };
+  float4* const own = of_split(blockIdx.x % conv.splits);
 #pragma unroll
   for (int k = 0; k < kFragments; ++k) {
     const float* d = sums[k / Tile::kColumnFragments][k % Tile::kColumnFragments];
     own[k * Tile::kThreads] = make_float4(d[0], d[1], d[2], d[3]);
   }
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(conv.counters + place.tile, 1u) == static_cast<unsigned>(conv.splits) - 1;
+    __threadfence();
+    last = atomicAdd(conv.counters + tile, 1u) == static_cast<unsigned>(conv.splits) - 1;
     __threadfence();
   }
   __syncthreads();
   if (!last) {
     return false;
   }
+  memset(sums, 0, sizeof sums);
+#pragma unroll 1
+  for (int split = 0; split < conv.splits; ++split) {
 #pragma unroll
-  for (int k = 0; k < kFragments; ++k) {
-    float* d = sums[k / Tile::kColumnFragments][k % Tile::kColumnFragments];
-    d[0] = d[1] = d[2] = d[3] = 0;
-    for (int split = 0; split < conv.splits; ++split) {
+    for (int k = 0; k < kFragments; ++k) {
       // Past the first-level cache, which does not see other blocks.
-      const float4 part = __ldcg(partial + (split * kFragments + k) * Tile::kThreads);
+      const float4 part = __ldcg(of_split(split) + k * Tile::kThreads);
+      float* d = sums[k / Tile::kColumnFragments][k % Tile::kColumnFragments];
       d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
     }
   }
@@ -299,40 +300,95 @@ __device__ inline float activate_conv(const ModulatedConv& conv, float z) {
   return y > conv.clamp ? conv.clamp : y < -conv.clamp ? -conv.clamp : y;
 }
 
-// Everything behind the sums, in the fragments' layout; the results go to `staged` [pixels, kResultPitch], as pairs.
+// Of a thread's sums 2 r and 2 r + 1, in all its fragments: the pixel's number in the first fragment of a column, its
+// sample, and its coordinates. The fragments below have the rows that follow, of the same sample and column.
+template <typename Tile>
+struct ConvPixel {
+  static constexpr int kRowsOfFragment = 16 / (Tile::kWidth * Tile::kSamples);
+
+  __device__ ConvPixel(const ConvPlace& place, int r)
+      : number(warp_pixel<Tile>() + threadIdx.x % 32 / 4 + 8 * r),
+        sample(number / Tile::kWidth % Tile::kSamples),
+        n(place.sample + sample),
+        y(place.y + number / (Tile::kWidth * Tile::kSamples)),
+        x(place.x + number % Tile::kWidth) {}
+
+  __device__ bool inside(const ModulatedConv& conv, int i) const {
+    return n < conv.samples && x < conv.width && y + i * kRowsOfFragment < conv.height;
+  }
+  // Within an image.
+  __device__ int64_t position(const ModulatedConv& conv, int i) const {
+    return int64_t{y + i * kRowsOfFragment} * conv.width + x;
+  }
+
+  int number, sample, n, y, x;
+};
+
+// Of a thread's sums in column j of the fragments: the first of their two output channels, within the tile.
+template <typename Tile>
+__device__ inline int sum_output(int j) {
+  return warp_output<Tile>() + j * 8 + threadIdx.x % 4 * 2;
+}
+
+// Multiplies the peaks onto the sums of float16.
+template <typename Tile>
+__device__ inline void restore_peaks(const ConvPlace& place, const float* peaks, ConvSums<Tile>& sums) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float peak = peaks[ConvPixel<Tile>(place, r).sample];
+#pragma unroll
+    for (int k = 0; k < Tile::kRowFragments * Tile::kColumnFragments; ++k) {
+      float* d = sums[k / Tile::kColumnFragments][k % Tile::kColumnFragments];
+      d[2 * r] *= peak, d[2 * r + 1] *= peak;
+    }
+  }
+}
+
+// The sums as they are, 8 bytes per thread: four threads write 32 that follow each other.
+template <typename Tile>
+__device__ inline void store_product(const ModulatedConv& conv, const ConvPlace& place, const ConvSums<Tile>& sums) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const ConvPixel<Tile> pixel(place, r);
+#pragma unroll
+    for (int i = 0; i < Tile::kRowFragments; ++i) {
+      const int64_t at = int64_t{pixel.n} * conv.height * conv.width + pixel.position(conv, i);
+      float* const target = conv.product + at * conv.c_out + place.o;
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnFragments; ++j) {
+        const int column = sum_output<Tile>(j);
+        if (pixel.inside(conv, i) && place.o + column < conv.c_out) {
+          *reinterpret_cast<float2*>(target + column) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
+        }
+      }
+    }
+  }
+}
+
+// Everything behind the sums; the results go to `staged` [pixels, kResultPitch], as pairs.
 template <typename T, typename Tile>
-__device__ inline void finish_sums(const ModulatedConv& conv, const ConvPlace& place, const float* peaks,
-                                   const ConvSums<Tile>& sums, uint32_t* staged) {
-  constexpr int kRowsOfFragment = 16 / (Tile::kWidth * Tile::kSamples);
-  const int lane = threadIdx.x % 32;
+__device__ inline void finish_sums(const ModulatedConv& conv, const ConvPlace& place, const ConvSums<Tile>& sums,
+                                   uint32_t* staged) {
   const float strength = conv.strength ? __ldg(conv.strength) : 1;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    // All fragments have the same sample and column in this row of theirs.
-    const int pixel = warp_pixel<Tile>() + lane / 4 + 8 * r;
-    const int sample = pixel / Tile::kWidth % Tile::kSamples, n = place.sample + sample;
-    const int x = place.x + pixel % Tile::kWidth, y = place.y + pixel / (Tile::kWidth * Tile::kSamples);
-    const float peak = std::is_same_v<T, __half> ? peaks[sample] : 1;
-    const auto inside = [&](int i) {
-      return n < conv.samples && x < conv.width && y + i * kRowsOfFragment < conv.height;
-    };
-    const int64_t image = int64_t{n} * conv.height * conv.width, position = int64_t{y} * conv.width + x;
+    const ConvPixel<Tile> pixel(place, r);
     float noise[Tile::kRowFragments] = {};
 #pragma unroll
     for (int i = 0; i < Tile::kRowFragments; ++i) {
-      if (conv.noise && inside(i)) {
-        noise[i] = __ldg(conv.noise + n * conv.noise_n + position + i * kRowsOfFragment * conv.width) * strength;
+      if (conv.noise && pixel.inside(conv, i)) {
+        noise[i] = __ldg(conv.noise + pixel.n * conv.noise_n + pixel.position(conv, i)) * strength;
       }
     }
 #pragma unroll
     for (int j = 0; j < Tile::kColumnFragments; ++j) {
-      const int column = warp_output<Tile>() + j * 8 + lane % 4 * 2, o = place.o + column;
-      const bool there = n < conv.samples && o < conv.c_out;
+      const int column = sum_output<Tile>(j), o = place.o + column;
+      const bool there = pixel.n < conv.samples && o < conv.c_out;
       float scale[2] = {1, 1}, bias[2] = {0, 0};
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         if (there && conv.out_scale) {
-          scale[k] = __ldg(conv.out_scale + n * conv.out_scale_n + (o + k) * conv.out_scale_c);
+          scale[k] = __ldg(conv.out_scale + pixel.n * conv.out_scale_n + (o + k) * conv.out_scale_c);
         }
         if (there && conv.bias) {
           bias[k] = __ldg(conv.bias + o + k);
@@ -340,14 +396,10 @@ __device__ inline void finish_sums(const ModulatedConv& conv, const ConvPlace& p
       }
 #pragma unroll
       for (int i = 0; i < Tile::kRowFragments; ++i) {
-        const float first = sums[i][j][2 * r] * peak, second = sums[i][j][2 * r + 1] * peak;
-        if (conv.product && there && inside(i)) {
-          const int64_t at = image + position + i * kRowsOfFragment * conv.width;
-          *reinterpret_cast<float2*>(conv.product + at * conv.c_out + o) = make_float2(first, second);
-        }
-        staged[((pixel + 16 * i) * Tile::kResultPitch + column) / 2] =
-            pack_pair<T>(activate_conv(conv, first * scale[0] + noise[i] + bias[0]),
-                         activate_conv(conv, second * scale[1] + noise[i] + bias[1]));
+        const float* d = sums[i][j] + 2 * r;
+        staged[((pixel.number + 16 * i) * Tile::kResultPitch + column) / 2] =
+            pack_pair<T>(activate_conv(conv, d[0] * scale[0] + noise[i] + bias[0]),
+                         activate_conv(conv, d[1] * scale[1] + noise[i] + bias[1]));
       }
     }
   }
@@ -383,12 +435,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
   }
   ConvSums<Tile> sums = {};
   multiply_conv<T, Tile>(conv, place, reinterpret_cast<uint4*>(memory), peaks, sums);
-  if (conv.splits > 1 && !join_splits<Tile>(conv, place, sums)) {
+  if (conv.splits > 1 && !join_splits<Tile>(conv, sums)) {
     return;
+  }
+  if (std::is_same_v<T, __half>) {
+    restore_peaks<Tile>(place, peaks, sums);
+  }
+  if (conv.product) {
+    store_product<Tile>(conv, place, sums);
   }
   // What was staged for the products is read no more.
   __syncthreads();
-  finish_sums<T, Tile>(conv, place, peaks, sums, memory);
+  finish_sums<T, Tile>(conv, place, sums, memory);
   __syncthreads();
   store_results<T, Tile>(conv, place, reinterpret_cast<const uint4*>(memory));
 #endif
