@@ -300,124 +300,58 @@ __device__ inline float activate_conv(const ModulatedConv& conv, float z) {
   return y > conv.clamp ? conv.clamp : y < -conv.clamp ? -conv.clamp : y;
 }
 
-// Of a thread's sums 2 r and 2 r + 1, in all its fragments: the pixel's number in the first fragment of a column, its
-// sample, and its coordinates. The fragments below have the rows that follow, of the same sample and column.
+// Rows 8 half ... 8 half + 7 of all fragments into `staged` [kPixels / 2, kResultPitch]. Half a warp stores four pixels'
+// eight floats at once, and kResultPitch shifts each pixel by eight banks.
 template <typename Tile>
-struct ConvPixel {
-  static constexpr int kRowsOfFragment = 16 / (Tile::kWidth * Tile::kSamples);
-
-  __device__ ConvPixel(const ConvPlace& place, int r)
-      : number(warp_pixel<Tile>() + threadIdx.x % 32 / 4 + 8 * r),
-        sample(number / Tile::kWidth % Tile::kSamples),
-        n(place.sample + sample),
-        y(place.y + number / (Tile::kWidth * Tile::kSamples)),
-        x(place.x + number % Tile::kWidth) {}
-
-  __device__ bool inside(const ModulatedConv& conv, int i) const {
-    return n < conv.samples && x < conv.width && y + i * kRowsOfFragment < conv.height;
-  }
-  // Within an image.
-  __device__ int64_t position(const ModulatedConv& conv, int i) const {
-    return int64_t{y + i * kRowsOfFragment} * conv.width + x;
-  }
-
-  int number, sample, n, y, x;
-};
-
-// Of a thread's sums in column j of the fragments: the first of their two output channels, within the tile.
-template <typename Tile>
-__device__ inline int sum_output(int j) {
-  return warp_output<Tile>() + j * 8 + threadIdx.x % 4 * 2;
-}
-
-// Multiplies the peaks onto the sums of float16.
-template <typename Tile>
-__device__ inline void restore_peaks(const ConvPlace& place, const float* peaks, ConvSums<Tile>& sums) {
+__device__ inline void stage_sums(const ConvSums<Tile>& sums, int half, float* staged) {
+  const int lane = threadIdx.x % 32, row = warp_pixel<Tile>() / 2 + lane / 4;
+  const int column = warp_output<Tile>() + lane % 4 * 2;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float peak = peaks[ConvPixel<Tile>(place, r).sample];
-#pragma unroll
-    for (int k = 0; k < Tile::kRowFragments * Tile::kColumnFragments; ++k) {
-      float* d = sums[k / Tile::kColumnFragments][k % Tile::kColumnFragments];
-      d[2 * r] *= peak, d[2 * r + 1] *= peak;
-    }
-  }
-}
-
-// The sums as they are, 8 bytes per thread: four threads write 32 that follow each other.
-template <typename Tile>
-__device__ inline void store_product(const ModulatedConv& conv, const ConvPlace& place, const ConvSums<Tile>& sums) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const ConvPixel<Tile> pixel(place, r);
-#pragma unroll
-    for (int i = 0; i < Tile::kRowFragments; ++i) {
-      const int64_t at = int64_t{pixel.n} * conv.height * conv.width + pixel.position(conv, i);
-      float* const target = conv.product + at * conv.c_out + place.o;
-#pragma unroll
-      for (int j = 0; j < Tile::kColumnFragments; ++j) {
-        const int column = sum_output<Tile>(j);
-        if (pixel.inside(conv, i) && place.o + column < conv.c_out) {
-          *reinterpret_cast<float2*>(target + column) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
-        }
-      }
-    }
-  }
-}
-
-// Everything behind the sums; the results go to `staged` [pixels, kResultPitch], as pairs.
-template <typename T, typename Tile>
-__device__ inline void finish_sums(const ModulatedConv& conv, const ConvPlace& place, const ConvSums<Tile>& sums,
-                                   uint32_t* staged) {
-  const float strength = conv.strength ? __ldg(conv.strength) : 1;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const ConvPixel<Tile> pixel(place, r);
-    float noise[Tile::kRowFragments] = {};
-#pragma unroll
-    for (int i = 0; i < Tile::kRowFragments; ++i) {
-      if (conv.noise && pixel.inside(conv, i)) {
-        noise[i] = __ldg(conv.noise + pixel.n * conv.noise_n + pixel.position(conv, i)) * strength;
-      }
-    }
+  for (int i = 0; i < Tile::kRowFragments; ++i) {
 #pragma unroll
     for (int j = 0; j < Tile::kColumnFragments; ++j) {
-      const int column = sum_output<Tile>(j), o = place.o + column;
-      const bool there = pixel.n < conv.samples && o < conv.c_out;
-      float scale[2] = {1, 1}, bias[2] = {0, 0};
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (there && conv.out_scale) {
-          scale[k] = __ldg(conv.out_scale + pixel.n * conv.out_scale_n + (o + k) * conv.out_scale_c);
-        }
-        if (there && conv.bias) {
-          bias[k] = __ldg(conv.bias + o + k);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < Tile::kRowFragments; ++i) {
-        const float* d = sums[i][j] + 2 * r;
-        staged[((pixel.number + 16 * i) * Tile::kResultPitch + column) / 2] =
-            pack_pair<T>(activate_conv(conv, d[0] * scale[0] + noise[i] + bias[0]),
-                         activate_conv(conv, d[1] * scale[1] + noise[i] + bias[1]));
-      }
+      *reinterpret_cast<float2*>(staged + (row + 8 * i) * Tile::kResultPitch + column + 8 * j) =
+          half == 0 ? make_float2(sums[i][j][0], sums[i][j][1]) : make_float2(sums[i][j][2], sums[i][j][3]);
     }
   }
 }
 
-// The results that were staged, as whole runs of channels: 16 bytes per thread, 128 or 256 per pixel.
+// Everything behind the sums that stage_sums has left, four channels per thread: a warp writes 256 bytes of results in a
+// row, or two of 128.
 template <typename T, typename Tile>
-__device__ inline void store_results(const ModulatedConv& conv, const ConvPlace& place, const uint4* staged) {
-  constexpr int kPieces = Tile::kOutputs / 8;
-  for (int i = threadIdx.x; i < Tile::kPixels * kPieces; i += Tile::kThreads) {
-    const int pixel = i / kPieces, o = place.o + i % kPieces * 8;
-    const int n = place.sample + pixel / Tile::kWidth % Tile::kSamples;
+__device__ inline void finish_sums(const ModulatedConv& conv, const ConvPlace& place, const float* peaks, int half,
+                                   const float* staged) {
+  constexpr int kPieces = Tile::kOutputs / 4;
+  // A thread has always the same channels.
+  static_assert(Tile::kThreads % kPieces == 0);
+  const int column = threadIdx.x % kPieces * 4, o = place.o + column;
+  const float strength = conv.strength ? __ldg(conv.strength) : 1;
+  for (int row = threadIdx.x / kPieces; row < Tile::kPixels / 2 && o < conv.c_out; row += Tile::kThreads / kPieces) {
+    const int pixel = row / 8 * 16 + half * 8 + row % 8;
+    const int sample = pixel / Tile::kWidth % Tile::kSamples, n = place.sample + sample;
     const int x = place.x + pixel % Tile::kWidth, y = place.y + pixel / (Tile::kWidth * Tile::kSamples);
-    if (n < conv.samples && y < conv.height && x < conv.width && o < conv.c_out) {
-      const int64_t position = (int64_t{n} * conv.height + y) * conv.width + x;
-      *reinterpret_cast<uint4*>(static_cast<T*>(conv.y) + position * conv.c_out + o) =
-          staged[pixel * (Tile::kResultPitch / 8) + i % kPieces];
+    if (n >= conv.samples || y >= conv.height || x >= conv.width) {
+      continue;
     }
+    const int64_t within = int64_t{y} * conv.width + x;
+    const int64_t target = (int64_t{n} * conv.height * conv.width + within) * conv.c_out + o;
+    const float4 sum = *reinterpret_cast<const float4*>(staged + row * Tile::kResultPitch + column);
+    float z[4] = {sum.x, sum.y, sum.z, sum.w};
+    if (std::is_same_v<T, __half>) {
+      const float peak = peaks[sample];
+      z[0] *= peak, z[1] *= peak, z[2] *= peak, z[3] *= peak;
+    }
+    if (conv.product) {
+      *reinterpret_cast<float4*>(conv.product + target) = make_float4(z[0], z[1], z[2], z[3]);
+    }
+    const float noise = conv.noise ? __ldg(conv.noise + n * conv.noise_n + within) * strength : 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float scale = conv.out_scale ? __ldg(conv.out_scale + n * conv.out_scale_n + (o + k) * conv.out_scale_c) : 1;
+      z[k] = activate_conv(conv, z[k] * scale + noise + (conv.bias ? __ldg(conv.bias + o + k) : 0));
+    }
+    *reinterpret_cast<uint2*>(static_cast<T*>(conv.y) + target) =
+        make_uint2(pack_pair<T>(z[0], z[1]), pack_pair<T>(z[2], z[3]));
   }
 }
 
@@ -438,17 +372,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
   if (conv.splits > 1 && !join_splits<Tile>(conv, sums)) {
     return;
   }
-  if (std::is_same_v<T, __half>) {
-    restore_peaks<Tile>(place, peaks, sums);
+  // Half of the sums at a time: shared memory has no room for more, and the registers that they leave are needed.
+  float* const staged = reinterpret_cast<float*>(memory);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // Of what lies there nothing is read any more.
+    __syncthreads();
+    stage_sums<Tile>(sums, half, staged);
+    __syncthreads();
+    finish_sums<T, Tile>(conv, place, peaks, half, staged);
   }
-  if (conv.product) {
-    store_product<Tile>(conv, place, sums);
-  }
-  // What was staged for the products is read no more.
-  __syncthreads();
-  finish_sums<T, Tile>(conv, place, sums, memory);
-  __syncthreads();
-  store_results<T, Tile>(conv, place, reinterpret_cast<const uint4*>(memory));
 #endif
 }
 

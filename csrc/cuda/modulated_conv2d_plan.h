@@ -38,10 +38,10 @@ struct ConvTile {
   static constexpr int kSlotsOfFragment = 16 / (kWidth * kSamples) * kPitch;
   static constexpr int kPixelBytes = kSlots * kConvDepthBytes;
   static constexpr int kWeightBytes = kOutputs * kConvDepthBytes;
-  // Halves from one pixel of the result to the next: 16 bytes more than they are, which shifts it by four banks.
+  // Floats from one pixel's sums to the next one's, where half of them is staged behind the products.
   static constexpr int kResultPitch = kOutputs + 8;
   static constexpr int kSharedBytes =
-      std::max(2 * kPixelBytes + kConvStages * kWeightBytes, 2 * kPixels * kResultPitch);
+      std::max(2 * kPixelBytes + kConvStages * kWeightBytes, kPixels / 2 * kResultPitch * 4);
   // Blocks that a multiprocessor's registers hold if a thread has 128.
   static constexpr int kResidentBlocks = 512 / kThreads;
 
