@@ -21,9 +21,9 @@ constexpr char kName[] = "scaled_conv2d_cuda";
 // A number of the current device.
 int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
-  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess &&
-                      cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess,
-                  kName, ": the GPU does not answer");
+  STD_TORCH_CHECK(
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess, kName,
+      ": the GPU does not answer");
   return value;
 }
 
@@ -82,20 +82,21 @@ void launch_conv(ModulatedConv conv, const Tensor& like) {
   const cudaStream_t stream = current_stream(like);
   with_conv_tile(kind, [&](auto tile) {
     using Tile = decltype(tile);
-    modulated_conv_kernel<T, Tile>
-        <<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(conv);
+    modulated_conv_kernel<T, Tile><<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(conv);
   });
   check_launch(kName);
 }
 
-std::tuple<Tensor, Tensor> modulated_conv2d(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-    const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
-    const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> output_padding, std::vector<int64_t> dilation, bool transposed, int64_t groups,
-    std::string precision, std::string act, double alpha, double gain, std::optional<double> clamp,
-    double residual_gain, bool save_conv) {
+std::tuple<Tensor, Tensor> modulated_conv2d(const Tensor& x, const Tensor& weight,
+                                            const std::optional<Tensor>& in_scale,
+                                            const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
+                                            const std::optional<Tensor>& noise_strength,
+                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                            std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                            std::vector<int64_t> output_padding, std::vector<int64_t> dilation,
+                                            bool transposed, int64_t groups, std::string precision, std::string act,
+                                            double alpha, double gain, std::optional<double> clamp,
+                                            double residual_gain, bool save_conv) {
   const std::vector<int64_t> ones{1, 1};
   // Precision is about float32 alone, output_padding about transposed convolutions, residual_gain about a residual.
   static_cast<void>(precision), static_cast<void>(output_padding), static_cast<void>(residual_gain);

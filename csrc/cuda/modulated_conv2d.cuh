@@ -9,10 +9,10 @@
 // tensor cores multiply. A pixel is read once by each block that has it, a weight once by each tile.
 //
 // in_scale is multiplied onto the staged pixels by the thread that copied them, just before the barrier that shows them
-// to the others: in float32, rounded once. On the fragments that warps load it would be the same product nine times, for
-// every tap, and again in each warp that has other channels of the same pixels; and a border would have to be kept from
-// becoming 0 * infinity. In float16 the largest |in_scale| of the sample is divided out first and multiplied onto the
-// sums: what half cannot hold, the layer's result may.
+// to the others: in float32, rounded once. On the fragments that warps load it would be the same product nine times,
+// for every tap, and again in each warp that has other channels of the same pixels; and a border would have to be kept
+// from becoming 0 * infinity. In float16 the largest |in_scale| of the sample is divided out first and multiplied onto
+// the sums: what half cannot hold, the layer's result may.
 //
 // Sums are in an order that depends on the shapes alone, also where blocks share the depth.
 //
@@ -52,9 +52,9 @@ __device__ inline float2 unpack_pair(uint32_t bits) {
   }
 }
 
-// Where 16 bytes of a row of kConvDepth channels lie, in units of 16 bytes: `chunk` is which, 0 ... 3. Two rows fill the
-// 32 banks, so 16 bytes are in the banks 4 (row % 2 * 4 + (chunk ^ row / 2 % 4)) and the three behind: of one chunk,
-// eight rows that differ modulo 8 are in different ones.
+// Where 16 bytes of a row of kConvDepth channels lie, in units of 16 bytes: `chunk` is which, 0 ... 3. Two rows fill
+// the 32 banks, so 16 bytes are in the banks 4 (row % 2 * 4 + (chunk ^ row / 2 % 4)) and the three behind: of one
+// chunk, eight rows that differ modulo 8 are in different ones.
 __device__ inline int conv_chunk(int row, int chunk) { return row * 4 + (chunk ^ (row / 2 & 3)); }
 
 // What a block works on: its first sample, row, column and output channel.
@@ -300,8 +300,8 @@ __device__ inline float activate_conv(const ModulatedConv& conv, float z) {
   return y > conv.clamp ? conv.clamp : y < -conv.clamp ? -conv.clamp : y;
 }
 
-// Rows 8 half ... 8 half + 7 of all fragments into `staged` [kPixels / 2, kResultPitch]. Half a warp stores four pixels'
-// eight floats at once, and kResultPitch shifts each pixel by eight banks.
+// Rows 8 half ... 8 half + 7 of all fragments into `staged` [kPixels / 2, kResultPitch]. Half a warp stores four
+// pixels' eight floats at once, and kResultPitch shifts each pixel by eight banks.
 template <typename Tile>
 __device__ inline void stage_sums(const ConvSums<Tile>& sums, int half, float* staged) {
   const int lane = threadIdx.x % 32, row = warp_pixel<Tile>() / 2 + lane / 4;
@@ -316,8 +316,8 @@ __device__ inline void stage_sums(const ConvSums<Tile>& sums, int half, float* s
   }
 }
 
-// Everything behind the sums that stage_sums has left, four channels per thread: a warp writes 256 bytes of results in a
-// row, or two of 128.
+// Everything behind the sums that stage_sums has left, four channels per thread: a warp writes 256 bytes of results in
+// a row, or two of 128.
 template <typename T, typename Tile>
 __device__ inline void finish_sums(const ModulatedConv& conv, const ConvPlace& place, const float* peaks, int half,
                                    const float* staged) {
@@ -347,7 +347,8 @@ __device__ inline void finish_sums(const ModulatedConv& conv, const ConvPlace& p
     const float noise = conv.noise ? __ldg(conv.noise + n * conv.noise_n + within) * strength : 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float scale = conv.out_scale ? __ldg(conv.out_scale + n * conv.out_scale_n + (o + k) * conv.out_scale_c) : 1;
+      const float scale =
+          conv.out_scale ? __ldg(conv.out_scale + n * conv.out_scale_n + (o + k) * conv.out_scale_c) : 1;
       z[k] = activate_conv(conv, z[k] * scale + noise + (conv.bias ? __ldg(conv.bias + o + k) : 0));
     }
     *reinterpret_cast<uint2*>(static_cast<T*>(conv.y) + target) =

@@ -16,8 +16,8 @@ T* optional(simt::Buffer<T> buffer) {
   return buffer.size == 0 ? nullptr : buffer.data;
 }
 
-// sizes: N, C_in, C_out, H, W. strides: x's (n, h, w), the weight's (o, h, w), in_scale's (n, c), out_scale's (n, c) and
-// noise's n. kind: a tile, or -1 for what a GPU of so many multiprocessors gets.
+// sizes: N, C_in, C_out, H, W. strides: x's (n, h, w), the weight's (o, h, w), in_scale's (n, c), out_scale's (n, c)
+// and noise's n. kind: a tile, or -1 for what a GPU of so many multiprocessors gets.
 template <typename T>
 void modulated_conv2d(simt::Buffer<const T> x, simt::Buffer<const T> weight, simt::Buffer<const float> in_scale,
                       simt::Buffer<const float> out_scale, simt::Buffer<const float> noise,

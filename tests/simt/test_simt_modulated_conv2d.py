@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastgan.ops import scaled_conv2d
 from fastgan.reference.activation import resolve
 from fastgan.reference.epilogue import Epilogue
-from fastgan.ops import scaled_conv2d
 from tests.helpers import FLOORS, assert_close_to_float64
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -113,7 +113,9 @@ def run(case: Case, o: Operands, schedules=simt_build.SCHEDULES) -> tuple[Tensor
     kernels = simt_build.load(Path(__file__).parent / "modulated_conv2d.cpp")
 
     def strides(scale: Tensor | None) -> list[int]:
-        return [0, 0] if scale is None else [s if size > 1 else 0 for size, s in zip(scale.shape, scale.stride())]
+        if scale is None:
+            return [0, 0]
+        return [step if size > 1 else 0 for size, step in zip(scale.shape, scale.stride(), strict=True)]
 
     c, e = case.c_in, o.epilogue
     noise_n = case.h * case.w if case.noise == "sample" else 0
@@ -250,7 +252,7 @@ def test_what_is_not_finite_stays_where_it_is(tile: int, dtype: torch.dtype) -> 
     want = evaluate(operands.exact())
     assert_close_to_float64(y[2:], want[2:].to(dtype), want[2:], floor=FLOORS[dtype])
     if dtype == torch.bfloat16:
-        # Positive times infinity, by a positive or a negative out_scale: all of the sample is at the clamp or its slope.
+        # Positive times infinity, by a positive or a negative out_scale: all of the sample is at the clamp.
         assert torch.equal(y[1], want[1].to(dtype))
 
 
