@@ -13,6 +13,7 @@ from fastgan import backends
 from fastgan.ops import _check
 from fastgan.ops._epilogue import check_epilogue, is_channels_last
 from fastgan.ops._plans import epilogue_parts, find_plan
+from fastgan.ops._tensor_core_conv import ConvFacts, tensor_core_can_run
 from fastgan.ops.demodulated_conv2d import demodulated_conv2d
 from fastgan.ops.demodulation import WeightEnergy, demodulation
 from fastgan.ops.scaled_conv2d import explain_algorithm, scaled_conv2d
@@ -22,7 +23,12 @@ from fastgan.reference.epilogue import Epilogue
 
 _PRENORMALIZE = ("auto", "none", "stylegan2_fp16", "stylegan3")
 _NOTHING = Epilogue()
-_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
+_BACKENDS = {
+    "cuda": tensor_core_can_run,
+    "triton": backends.triton_can_run,
+    "cpp": backends.cpp_can_run,
+    "reference": backends.always,
+}
 
 
 def modulated_conv2d(
@@ -73,10 +79,11 @@ def modulated_conv2d(
         flip_weight: True correlates (as torch.nn.functional.conv2d), False convolves; None is what StyleGAN2 trains:
             (up == 1).
         epilogue: what follows, at the output's size: noise, bias [C_out], activation, clamp, residual.
-        backend: see :func:`fastgan.backend`.
+        backend: see :func:`fastgan.backend`. "cuda" computes 3×3 layers without resampling on the tensor cores, as
+            :func:`fastgan.ops.scaled_conv2d` says; the scales and all gradients are the other GPU backend's.
         weight_energy: of ``weight`` as it is now, from :func:`fastgan.ops.weight_energy`. Where no gradient is
             recorded, demodulation then costs a product with style² and no read of the weight, and on Triton no launch;
-            everywhere else, and on the reference, it is ignored.
+            everywhere else, and on the reference and cuda, it is ignored.
 
     Returns:
         [N, C_out, out_h, out_w], ``x``'s dtype (autocast's, under autocast).
@@ -101,7 +108,7 @@ def modulated_conv2d(
     energy = (None, None) if weight_energy is None else weight_energy
     operands = (x, weight, style, input_gain, resample_filter, *energy, *tensors)
     plan = find_plan("modulated_conv2d", _make_plan, operands, options)
-    known = demodulate and weight_energy is not None and not plan.reference
+    known = demodulate and weight_energy is not None and plan.backend not in ("reference", "cuda")
     if known and not _records_gradient(operands):
         factors = {"prenormalize": plan.prenormalize, "eps": eps, "input_gain": input_gain}
         convolve = partial(demodulated_conv2d, style=style, energy=weight_energy, **factors)
@@ -148,7 +155,7 @@ def _explain_algorithm(*args: Any, **kwargs: Any) -> tuple[str, dict[str, str]]:
 class _Plan(NamedTuple):
     """What follows from a call's signature."""
 
-    reference: bool
+    backend: str
     prenormalize: str
     flip: bool  # the weight is turned around
     transposed: bool
@@ -189,11 +196,13 @@ def _make_plan(
     check_epilogue(op, epilogue, x, (x.shape[0], weight.shape[0], height, width))
     if prenormalize == "auto":
         prenormalize = "stylegan2_fp16" if x.dtype == torch.float16 else "none"
-    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype)
+    plain = up == down == 1
+    facts = ConvFacts(tuple(weight.shape), plain, sides, epilogue.act, epilogue.residual is not None)
+    chosen = backends.choose(op, backend, _BACKENDS, x.device, x.dtype, conv=facts)
     correlates = up == 1 if flip_weight is None else flip_weight
     pointwise = kernel == (1, 1)
     transposed, conv, fir = up > 1 and not pointwise, {}, {}
-    if up == down == 1:
+    if plain:
         conv = {"padding": sides}
     elif down > 1:
         before, stride = (down, 1) if pointwise else (1, down)
@@ -206,7 +215,7 @@ def _make_plan(
         fir = {"up": up, "padding": reference.upsampling_padding(sides, taps, up), "gain": up * up}
     # A transposed convolution spreads its weight as it is, which is a convolution with it, not a correlation.
     flip = not pointwise and correlates == transposed
-    return _Plan(chosen == "reference", prenormalize, flip, transposed, conv, fir)
+    return _Plan(chosen, prenormalize, flip, transposed, conv, fir)
 
 
 def _scales(
@@ -218,7 +227,7 @@ def _scales(
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     """in_scale [N, C_in] and out_scale [N, C_out], which is None unless ``demodulate``."""
-    if plan.reference:
+    if plan.backend == "reference":
         return reference.modulation_scales(
             weight, style, demodulate=demodulate, eps=eps, prenormalize=plan.prenormalize, input_gain=input_gain
         )

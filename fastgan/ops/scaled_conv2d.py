@@ -24,6 +24,7 @@ from fastgan.ops._epilogue import Activated, epilogue_grads
 from fastgan.ops._kept_weights import keep
 from fastgan.ops._library import define
 from fastgan.ops._plans import epilogue_parts, find_plan
+from fastgan.ops._tensor_core_conv import ConvFacts, tensor_core_can_run
 from fastgan.ops.epilogue_grad import epilogue_grad
 from fastgan.ops.pixel_dot import pixel_dot
 from fastgan.reference.activation import resolve
@@ -33,7 +34,12 @@ from fastgan.reference.scaled_conv2d import scaled_conv2d as reference_scaled_co
 
 _NAME = "scaled_conv2d"
 _NOTHING = Epilogue()
-_BACKENDS = {"triton": backends.triton_can_run, "cpp": backends.cpp_can_run, "reference": backends.always}
+_BACKENDS = {
+    "cuda": tensor_core_can_run,
+    "triton": backends.triton_can_run,
+    "cpp": backends.cpp_can_run,
+    "reference": backends.always,
+}
 
 
 def scaled_conv2d(
@@ -75,7 +81,10 @@ def scaled_conv2d(
         transposed: transposed convolution (the adjoint of the convolution with the same weight).
         groups: as in torch.
         epilogue: what follows; None means nothing.
-        backend: "reference", "cpp" or "triton"; None chooses.
+        backend: "reference", "cpp", "triton" or "cuda"; None chooses. "cuda" serves only where it is named. It takes
+            float16 and bfloat16, a 3×3 kernel at stride 1 and padding 1, channels that are multiples of 8, linear, relu
+            or lrelu and no residual, on GPUs of compute capability 8.0 or later; an x that is not channels_last is
+            copied. Its gradients are those of the other GPU backend.
 
     Returns:
         [N, C_out, H', W'] in x's dtype. Products accumulate in float32 (float64 for float64), as exactly as
@@ -149,7 +158,8 @@ def _make_plan(
     epilogue = Epilogue(noise, noise_strength, bias, *pointwise, residual, residual_gain)
     args = resolve_arguments(*options)
     check_call(x, weight, in_scale, out_scale, args, epilogue)
-    chosen = backends.choose(_NAME, backend, _BACKENDS, x.device, x.dtype)
+    facts = _facts(weight, args, epilogue)
+    chosen = backends.choose(_NAME, backend, _BACKENDS, x.device, x.dtype, conv=facts)
     left, right, top, bottom = args.padding
     explicit_padding = args.padding_mode != "zeros" or left != right or top != bottom
     padding = (0, 0) if explicit_padding else (top, left)
@@ -161,17 +171,26 @@ def _make_plan(
     return _Plan(chosen, args, geometry, settings, explicit_padding, from_output)
 
 
+def _facts(weight: Tensor, args: ConvArguments, epilogue: Epilogue) -> ConvFacts:
+    plain = args.stride == args.dilation == (1, 1) and not args.transposed and args.groups == 1
+    padding = args.padding if args.padding_mode == "zeros" else (0, 0, 0, 0)
+    return ConvFacts(tuple(weight.shape), plain, padding, epilogue.act, epilogue.residual is not None)
+
+
 def _run_op(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...], plan: _Plan) -> Tensor:
     if plan.explicit_padding:
         x = pad_input(x, plan.args.padding, plan.args.padding_mode)
-    save_conv = False
+    save_conv, op = False, _conv_op
     if plan.backend == "cpp":
         keep(weight)
+    elif plan.backend == "cuda":
+        op = _conv_cuda_op
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     if torch.is_grad_enabled():
         save_conv = _needs_grad(others[1]) or (
             not plan.from_output and any(_needs_grad(t) for t in (x, weight, *others))
         )
-    return _conv_op(x, weight, *others, *plan.geometry.as_args(), *plan.settings, save_conv)[0]
+    return op(x, weight, *others, *plan.geometry.as_args(), *plan.settings, save_conv)[0]
 
 
 @backends.explains_algorithm(_NAME)
@@ -335,18 +354,38 @@ def _epilogue_backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, list[Tensor 
     return g, [over_pixels.sum_to_size(out_scale.shape) if need_out else None, *grads]
 
 
-_conv_op = define(
-    _NAME,
+def _conv_cuda_fake(x, weight, in_scale, out_scale, noise, noise_strength, bias, residual, *settings):
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    y = x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    return y, torch.empty_like(y, dtype=torch.float32) if settings[-1] else y.new_empty(0, dtype=torch.float32)
+
+
+_CONV_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, Tensor? noise, Tensor? noise_strength,"
     " Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, SymInt[2] output_padding, int[2] dilation,"
     " bool transposed, int groups, str precision, str act, float alpha, float gain, float? clamp, float residual_gain,"
-    " bool save_conv) -> (Tensor, Tensor)",
+    " bool save_conv) -> (Tensor, Tensor)"
+)
+_conv_op = define(
+    _NAME,
+    _CONV_SCHEMA,
     fallback=_conv_fallback,
     fake=_conv_fake,
     setup_context=_conv_setup,
     backward=_conv_backward,
     differentiable_results=2,
     triton="scaled_conv2d.scaled_conv2d",
+)
+# The same op on CUDA C++, for calls that tensor_core_can_run and channels_last tensors: Triton's kernel has the other
+# one's place on the GPU. There is a forward pass alone: gradients, and what they compute again, are the op's above.
+_conv_cuda_op = define(
+    "scaled_conv2d_cuda",
+    _CONV_SCHEMA,
+    fallback=_conv_fallback,
+    fake=_conv_cuda_fake,
+    setup_context=_conv_setup,
+    backward=_conv_backward,
+    differentiable_results=2,
 )
 
 
