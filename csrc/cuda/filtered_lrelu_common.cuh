@@ -46,28 +46,37 @@ __device__ inline void load_flrelu_filter(const float* filter, int taps, bool co
   }
 }
 
-// x + bias at rows row ... row + rows and columns column ... column + width into the tile, zero outside the image.
+// x + bias at rows row ... row + rows, but for the first `skipped` of them, and columns column ... column + width into
+// the tile, zero outside the image. A thread asks for kBatch words before it waits for the first.
 template <typename T, typename Word>
 __device__ __forceinline__ void load_flrelu_words(const FlreluCall& call, int64_t plane, int row, int column, int rows,
-                                                  int width, float* tile) {
-  constexpr int kItems = sizeof(Word) / sizeof(T);
+                                                  int width, float* tile, int skipped) {
+  constexpr int kItems = sizeof(Word) / sizeof(T), kBatch = sizeof(Word) >= 8 ? 2 : 4;
   const int in_width = call.along.in, in_height = call.across.in;
   const T* image = static_cast<const T*>(call.x) + plane * in_height * in_width;
   const float bias = call.bias ? call.bias[plane % call.channels] : 0.0f;
   const int first = floor_divide(column, kItems), words = kItems == 1 ? width : (width + kItems - 2) / kItems + 1;
-  for (int i = threadIdx.x; i < rows * words; i += blockDim.x) {
-    const int tile_row = i / words, y = row + tile_row, x = (first + i % words) * kItems;
-    const bool inside = y >= 0 && y < in_height && x >= 0 && x < in_width;
-    Word loaded;
-    if (inside) {
-      loaded = __ldg(reinterpret_cast<const Word*>(image + static_cast<int64_t>(y) * in_width + x));
-    }
-    const T* items = reinterpret_cast<const T*>(&loaded);
+  for (int begin = skipped * words + threadIdx.x; begin < rows * words; begin += kBatch * blockDim.x) {
+    Word loaded[kBatch];
+    bool inside[kBatch];
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int tile_column = x + k - column;
-      if (tile_column >= 0 && tile_column < width) {
-        tile[tile_row * width + tile_column] = inside ? static_cast<float>(items[k]) + bias : 0.0f;
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = begin + j * blockDim.x, y = row + i / words, x = (first + i % words) * kItems;
+      inside[j] = i < rows * words && y >= 0 && y < in_height && x >= 0 && x < in_width;
+      if (inside[j]) {
+        loaded[j] = __ldg(reinterpret_cast<const Word*>(image + static_cast<int64_t>(y) * in_width + x));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = begin + j * blockDim.x, tile_row = i / words, x = (first + i % words) * kItems;
+      const T* items = reinterpret_cast<const T*>(&loaded[j]);
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        const int tile_column = x + k - column;
+        if (i < rows * words && tile_column >= 0 && tile_column < width) {
+          tile[tile_row * width + tile_column] = inside[j] ? static_cast<float>(items[k]) + bias : 0.0f;
+        }
       }
     }
   }
@@ -75,15 +84,15 @@ __device__ __forceinline__ void load_flrelu_words(const FlreluCall& call, int64_
 
 template <typename T>
 __device__ __forceinline__ void load_flrelu_tile(const FlreluCall& call, const FlreluPlan& plan, int64_t plane, int row,
-                                                 int column, int rows, int width, float* tile) {
+                                                 int column, int rows, int width, float* tile, int skipped = 0) {
   if (plan.load_bytes == 16) {
-    load_flrelu_words<T, uint4>(call, plane, row, column, rows, width, tile);
+    load_flrelu_words<T, uint4>(call, plane, row, column, rows, width, tile, skipped);
   } else if (plan.load_bytes == 8) {
-    load_flrelu_words<T, uint2>(call, plane, row, column, rows, width, tile);
+    load_flrelu_words<T, uint2>(call, plane, row, column, rows, width, tile, skipped);
   } else if (plan.load_bytes == 4) {
-    load_flrelu_words<T, unsigned>(call, plane, row, column, rows, width, tile);
+    load_flrelu_words<T, unsigned>(call, plane, row, column, rows, width, tile, skipped);
   } else if constexpr (sizeof(T) < 4) {
-    load_flrelu_words<T, T>(call, plane, row, column, rows, width, tile);
+    load_flrelu_words<T, T>(call, plane, row, column, rows, width, tile, skipped);
   }
 }
 

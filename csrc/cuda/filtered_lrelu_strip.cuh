@@ -53,15 +53,15 @@ __device__ __forceinline__ void load_floats(const float* source, float (&values)
   }
 }
 
-// Rows of the input to rows of z's columns: a warp has a row, a lane four columns.
+// Rows of the input, but for the first, to rows of z's columns: a warp has a row, a lane four columns.
 template <class Strip>
-__device__ __forceinline__ void flrelu_up_along(const FlreluStripMemory<Strip>& memory, int rows) {
+__device__ __forceinline__ void flrelu_up_along(const FlreluStripMemory<Strip>& memory, int skipped) {
   constexpr int kGroups = 4 / Strip::kUp, kVector = kGroups == 4 ? 4 : kGroups;
   constexpr int kNeeded = (Strip::kWindow + kGroups - 1 + kVector - 1) / kVector * kVector;
   float taps[Strip::kUpTaps];
   load_floats<1>(memory.up_taps, taps);
   const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < rows; row += kFlreluStripThreads / 32) {
+  for (int row = skipped + threadIdx.x / 32; row < Strip::kInputRows; row += kFlreluStripThreads / 32) {
     float inputs[kNeeded], z[4];
     load_floats<kVector>(memory.input + row * Strip::kInputPitch + lane * kGroups, inputs);
 #pragma unroll
@@ -86,6 +86,16 @@ struct FlreluColumn {
   int column;                      // of z
   bool live;                       // it has one
 };
+
+template <class Strip>
+__device__ __forceinline__ void load_flrelu_window(const float* source, FlreluColumn<Strip>& column) {
+  if (column.live) {
+#pragma unroll
+    for (int m = 0; m < Strip::kWindow; ++m) {
+      column.window[m] = source[m * Strip::kPitch];
+    }
+  }
+}
 
 // a from z; advances the signs by a row.
 template <class Strip, FlreluMode kMode>
@@ -239,38 +249,33 @@ __global__ void __launch_bounds__(kFlreluStripThreads, 4)
   load_flrelu_filter(call.fu, Strip::kUpTaps, call.correlate, memory.up_taps);
   load_flrelu_filter(call.fd, Strip::kDownTaps, call.correlate, memory.down_taps);
 
-  // The window before the first row of z: if that one begins with a new input, the inputs without it.
-  int input_row = across.input - (across.tap == Strip::kUp - 1 ? 1 : 0);
-  load_flrelu_tile<T>(call, plan, place.plane, input_row, along.input, Strip::kWindow, Strip::kInputPitch,
-                      memory.input);
-  input_row += Strip::kWindow;
-  __syncthreads();
-  flrelu_up_along(memory, Strip::kWindow);
-  __syncthreads();
   FlreluColumn<Strip> column{};
   column.row = place.mid_y, column.column = place.mid_x + threadIdx.x;
   column.live = threadIdx.x < (Strip::kWidth - 1) * Strip::kDown + Strip::kDownTaps && column.column >= 0 &&
                 column.column < call.along.mid;
   const float* source = memory.upsampled + threadIdx.x + lead;
-  if (column.live) {
-    for (int m = 0; m < Strip::kWindow; ++m) {
-      column.window[m] = source[m * Strip::kPitch];
-    }
-  }
   if constexpr (kMode == FlreluMode::kReplay) {
     const int group = floor_divide(place.mid_y, kFlreluSignRows), row = place.mid_y - group * kFlreluSignRows;
     column.signs = flrelu_signs(call, place.plane, group, column.column) >> 2 * row;
     column.next_signs = flrelu_signs(call, place.plane, row == 0 ? group : group + 1, column.column);
   }
 
+  // The chunk before the first has the window before the first row of z in its last rows. If that row begins with a new
+  // input, the window is the inputs before it.
+  int input_row = across.input - (across.tap == Strip::kUp - 1 ? 1 : 0) + Strip::kWindow - Strip::kInputRows;
+  const int before = 1 - Strip::kPending - Strip::kOutputRows;
   const int rows = min(plan.height, call.across.out - place.out_y);
-  for (int first = 1 - Strip::kPending; first < rows; first += Strip::kOutputRows) {
+  for (int first = before; first < rows; first += Strip::kOutputRows, input_row += Strip::kInputRows) {
+    const int skipped = first == before ? Strip::kInputRows - Strip::kWindow : 0;
     load_flrelu_tile<T>(call, plan, place.plane, input_row, along.input, Strip::kInputRows, Strip::kInputPitch,
-                        memory.input);
-    input_row += Strip::kInputRows;
+                        memory.input, skipped);
     __syncthreads();
-    flrelu_up_along(memory, Strip::kInputRows);
+    flrelu_up_along(memory, skipped);
     __syncthreads();
+    if (first == before) {
+      load_flrelu_window(source + skipped * Strip::kPitch, column);
+      continue;
+    }
     if (column.live) {
       flrelu_column_from<Strip, kMode>(across.tap, call, place, memory, source, column);
     } else {
