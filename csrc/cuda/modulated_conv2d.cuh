@@ -20,6 +20,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "modulated_conv2d_plan.h"
 #include "ptx.h"
@@ -150,11 +151,11 @@ __device__ inline void scale_pixels(const ModulatedConv& conv, const ConvPlace& 
     }
     if (sample != loaded) {
       loaded = sample;
-      const float factor = std::is_same_v<T, __half> ? 1 / peaks[sample] : 1;
+      const float peak = std::is_same_v<T, __half> ? peaks[sample] : 1;
       const float* source = conv.in_scale + (place.sample + sample) * conv.in_scale_n + channel * conv.in_scale_c;
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        scale[k] = __ldg(source + k * conv.in_scale_c) * factor;
+        scale[k] = __ldg(source + k * conv.in_scale_c) / peak;
       }
     }
     uint4 piece = *target;

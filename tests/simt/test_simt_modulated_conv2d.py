@@ -43,6 +43,7 @@ class Case:
     clamp: float | None = None
     bias: bool = True
     save: bool = False
+    gap: int = 0  # channels of NaN behind each pixel's and each tap's
 
 
 def half_array(t: Tensor) -> np.ndarray:
@@ -55,9 +56,9 @@ def read_only(t: Tensor | None) -> np.ndarray:
     return array
 
 
-def nhwc(t: Tensor) -> Tensor:
-    """Its memory, in order, of a tensor that has the channels side by side."""
-    return t.permute(0, 2, 3, 1).contiguous()
+def nhwc(t: Tensor, gap: int = 0) -> Tensor:
+    """Its memory, in order, of a tensor that has the channels side by side; NaN in ``gap`` more."""
+    return torch.nn.functional.pad(t.permute(0, 2, 3, 1), (0, gap), value=torch.nan).contiguous()
 
 
 @dataclass
@@ -117,7 +118,7 @@ def run(case: Case, o: Operands, schedules=simt_build.SCHEDULES) -> tuple[Tensor
             return [0, 0]
         return [step if size > 1 else 0 for size, step in zip(scale.shape, scale.stride(), strict=True)]
 
-    c, e = case.c_in, o.epilogue
+    c, e = case.c_in + case.gap, o.epilogue
     noise_n = case.h * case.w if case.noise == "sample" else 0
     all_strides = [case.h * case.w * c, case.w * c, c, 9 * c, 3 * c, c]
     all_strides += [*strides(o.in_scale), *strides(o.out_scale), noise_n]
@@ -126,12 +127,13 @@ def run(case: Case, o: Operands, schedules=simt_build.SCHEDULES) -> tuple[Tensor
     y = nhwc(torch.full((case.n, case.c_out, case.h, case.w), torch.nan, dtype=case.dtype))
     product = torch.full(y.shape if case.save else (0,), torch.nan)
     names = ["x", "weight", "in_scale", "out_scale", "noise", "strength", "bias", "y", "product"]
-    inputs = [nhwc(o.x), nhwc(o.weight), o.in_scale, o.out_scale, e.noise, e.noise_strength, e.bias]
+    inputs = [nhwc(o.x, case.gap), nhwc(o.weight, case.gap), o.in_scale, o.out_scale, e.noise, e.noise_strength, e.bias]
     inputs = [read_only(None if t is None else t.reshape(-1)) for t in inputs]
     results = [half_array(y.view(-1)), product.view(-1).numpy()]
+    sizes = [case.n, case.c_in, case.c_out, case.h, case.w]
     traffic = simt_build.run(
-        kernels, str(case.dtype).removeprefix("torch."), *inputs, [case.n, c, case.c_out, case.h, case.w], all_strides,
-        *act, case.tile, case.multiprocessors, *results, schedules=schedules,
+        kernels, str(case.dtype).removeprefix("torch."), *inputs, sizes, all_strides, *act, case.tile,
+        case.multiprocessors, *results, schedules=schedules,
     )  # fmt: skip
     bytes_of = dict(zip(names, [entry[1:] for entry in traffic[: len(names)]], strict=True))
     return y.permute(0, 3, 1, 2), product.permute(0, 3, 1, 2) if case.save else product, bytes_of
@@ -165,8 +167,8 @@ def blocks(case: Case, tile: int) -> tuple[int, int]:
 CASES = [
     Case(1, 40, 136, 9, 17, tile=WIDE, save=True),
     Case(2, 72, 40, 9, 17, torch.bfloat16, tile=NARROW),
-    Case(2, 40, 72, 9, 10, tile=SMALL, noise="sample"),
-    Case(5, 72, 72, 4, 4, torch.bfloat16, tile=JOINT, save=True),
+    Case(2, 40, 72, 9, 10, tile=SMALL, noise="sample", gap=8),
+    Case(5, 72, 72, 4, 4, torch.bfloat16, tile=JOINT, save=True, gap=16),
     Case(6, 8, 8, 3, 2, tile=JOINT, noise="sample"),
     Case(1, 8, 8, 1, 1, torch.bfloat16, tile=SMALL, save=True),
     Case(1, 136, 16, 4, 4, multiprocessors=8, save=True),
