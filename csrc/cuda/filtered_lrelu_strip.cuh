@@ -236,7 +236,7 @@ __device__ __forceinline__ void flrelu_column_from(int tap, const FlreluCall& ca
   flrelu_column<Strip, kMode, kTap>(call, place, memory, source, column);
 }
 
-// Four blocks fill a multiprocessor's registers: told of fewer threads' need, the compiler spills instead, to fit five.
+// Four blocks to a multiprocessor leave 128 registers to a thread: left to itself, the compiler spills to fit five.
 template <typename T, class Strip, FlreluMode kMode>
 __global__ void __launch_bounds__(kFlreluStripThreads, 4)
     flrelu_strip_kernel(const FlreluCall call, const FlreluPlan plan, int64_t first_block) {

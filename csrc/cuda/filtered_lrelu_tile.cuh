@@ -116,8 +116,9 @@ __device__ inline float flrelu_tile_output(const FlreluCall& call, const FlreluT
   return sum;
 }
 
+// Shared memory lets hardly more than four blocks onto a multiprocessor: to fit five, the compiler would spill.
 template <typename T>
-__global__ void __launch_bounds__(kFlreluTileThreads)
+__global__ void __launch_bounds__(kFlreluTileThreads, 4)
     flrelu_tile_kernel(const FlreluCall call, const FlreluPlan plan, int64_t first_block) {
   FASTGAN_DYNAMIC_SHARED(float, shared);
   const FlreluTile tile = flrelu_tile(call, plan.width, plan.height);
