@@ -72,7 +72,7 @@ std::vector<FeatureMap> wanting_maps(const FeatureCall& call, const Tensor& sign
   }
   float* factor = const_cast<float*>(factors.const_data_ptr<float>());
   std::vector<FeatureMap> maps = feature_maps(call, nullptr, words, factor, call.square);
-  set_feature_sides(call, written(gradients), &FeatureMap::fake_out, &FeatureMap::real_out, maps);
+  set_feature_sides(call, output_addresses(gradients), &FeatureMap::fake_out, &FeatureMap::real_out, maps);
   return maps;
 }
 
@@ -109,7 +109,7 @@ Maps feature_matching_loss_bwd_bwd(const Maps& cotangents, const Tensor& grad_lo
   for (size_t i = 0; i < gradients.size(); ++i) {
     ordered.push_back(in_order_of(cotangents[i], gradients[i]));
   }
-  set_feature_sides(call, read(ordered), &FeatureMap::fake_in, &FeatureMap::real_in, maps);
+  set_feature_sides(call, input_addresses(ordered), &FeatureMap::fake_in, &FeatureMap::real_in, maps);
   const MapWorkspace needed = divide_feature_maps(maps);
   Tensor grad_grad_loss = torch::stable::empty_like(grad_loss);
   FeatureBatch batch{};

@@ -1,6 +1,7 @@
 // What the launchers of kernels over a list of maps do with torch's tensors.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -55,7 +56,7 @@ inline std::vector<Tensor> empty_gradients(const std::vector<Tensor>& first, boo
   return gradients;
 }
 
-inline std::vector<void*> written(std::vector<Tensor>& tensors) {
+inline std::vector<void*> output_addresses(std::vector<Tensor>& tensors) {
   std::vector<void*> pointers;
   for (Tensor& tensor : tensors) {
     pointers.push_back(tensor.mutable_data_ptr());
@@ -63,7 +64,7 @@ inline std::vector<void*> written(std::vector<Tensor>& tensors) {
   return pointers;
 }
 
-inline std::vector<const void*> read(const std::vector<Tensor>& tensors) {
+inline std::vector<const void*> input_addresses(const std::vector<Tensor>& tensors) {
   std::vector<const void*> pointers;
   for (const Tensor& tensor : tensors) {
     pointers.push_back(tensor.const_data_ptr());

@@ -80,7 +80,7 @@ std::vector<PatchMap> wanting_maps(const PatchCall& call, const Tensor& slopes, 
   STD_TORCH_CHECK(slopes.numel() == patch_slopes(call), "patch_loss: slopes must have ", patch_slopes(call),
                   " elements, got ", slopes.numel());
   std::vector<PatchMap> maps = patch_maps(call, const_cast<float*>(slopes.const_data_ptr<float>()), true);
-  set_patch_sides(call, written(gradients), &PatchMap::plus, &PatchMap::minus, maps);
+  set_patch_sides(call, output_addresses(gradients), &PatchMap::plus, &PatchMap::minus, maps);
   return maps;
 }
 
@@ -116,7 +116,7 @@ Maps patch_loss_bwd_bwd(const Maps& cotangents, const Tensor& grad_loss, const T
   for (size_t i = 0; i < gradients.size(); ++i) {
     ordered.push_back(in_order_of(cotangents[i], gradients[i]));
   }
-  set_patch_sides(call, read(ordered), &PatchMap::plus_in, &PatchMap::minus_in, maps);
+  set_patch_sides(call, input_addresses(ordered), &PatchMap::plus_in, &PatchMap::minus_in, maps);
   Tensor grad_grad_loss = torch::stable::empty_like(grad_loss);
   PatchBatch batch{};
   batch.sample_weight = data_or_null(sample_weight);
