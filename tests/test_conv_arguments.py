@@ -39,7 +39,7 @@ BAD = [
     (lambda: conv(epilogue={"residual": IMAGE}), r"residual must be .* \[2, 4, 6, 6\]"),
     (lambda: conv(backend="metal"), r"backend must be one of .* got 'metal'"),
     (lambda: conv(backend="triton"), r"'triton' .* cannot run this call: it runs on cuda tensors, got cpu"),
-    (lambda: conv(backend="cuda"), r"'cuda' .* cannot run this call: it has no kernel"),
+    (lambda: conv(backend="cuda"), r"'cuda' .* cannot run this call: it runs on cuda tensors, got cpu"),
 ]  # fmt: skip
 
 

@@ -126,8 +126,10 @@ inline ConvTileKind plan_conv(ModulatedConv& conv, int multiprocessors) {
   }
   divide_conv(conv, kind);
   const int depth = conv_ceil_div(conv.c_in, kConvDepth);
-  // Two blocks per multiprocessor, and at least two stages of channels for each: fewer are not worth their sum.
-  const int64_t wanted = 2 * multiprocessors / conv_tiles(conv);
+  // As many blocks as the multiprocessors hold at once, but at least two stages of channels for each: fewer are not
+  // worth their sum.
+  const int resident = with_conv_tile(kind, [](auto tile) { return decltype(tile)::kResidentBlocks; });
+  const int64_t wanted = int64_t{resident} * multiprocessors / conv_tiles(conv);
   conv.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, depth / 2)));
   conv.depth_of_split = conv_ceil_div(depth, conv.splits);
   // No split without channels.
