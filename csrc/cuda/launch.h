@@ -1,4 +1,4 @@
-// What every launcher of a CUDA kernel needs of torch: its stream, and errors with the op's name.
+// What launchers of CUDA kernels need of torch: its stream, activations by name, errors with the op's name.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +10,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <string>
+
+#include "activation.h"
 #include "stable_compat.h"
 
 namespace fastgan {
@@ -22,6 +25,12 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+inline Act parse_act(const char* op, const std::string& name) {
+  const std::optional<Act> act = find_act(name);
+  STD_TORCH_CHECK(act, op, ": unknown activation ", name);
+  return *act;
 }
 
 // Of the launch just made.

@@ -5,38 +5,13 @@
 #include <tuple>
 #include <vector>
 
-#include "launch.h"
+#include "image.h"
 #include "norm_act_launch.h"
 
 namespace fastgan {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-using torch::headeronly::MemoryFormat;
-
-NormAct parse_norm_act(const std::string& name) {
-  static const char* const kNames[] = {"linear", "relu", "lrelu",    "tanh", "sigmoid",
-                                       "elu",    "selu", "softplus", "swish"};
-  for (int i = 0; i < 9; ++i) {
-    if (name == kNames[i]) {
-      return static_cast<NormAct>(i);
-    }
-  }
-  STD_TORCH_CHECK(false, "norm_act: unknown activation ", name);
-  return NormAct::kLinear;
-}
-
-bool is_channels_last(const Tensor& x) {
-  return !x.is_contiguous() && x.stride(1) == 1 && x.stride(3) == x.size(1) && x.stride(2) == x.size(1) * x.size(3) &&
-         x.stride(0) == x.size(1) * x.size(2) * x.size(3);
-}
-
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  if (channels_last ? is_channels_last(t) : t.is_contiguous()) {
-    return t;
-  }
-  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
 
 NormCall make_call(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, bool batch, bool fixed,
                    double eps, const std::string& act, double alpha, double gain) {
@@ -48,7 +23,7 @@ NormCall make_call(const Tensor& x, const OptionalTensor& weight, const Optional
   call.weight_stride = of_samples(weight), call.bias_stride = of_samples(bias);
   call.samples = x.size(0), call.channels = x.size(1), call.pixels = x.size(2) * x.size(3);
   call.batch = batch, call.fixed = fixed;
-  call.act = parse_norm_act(act);
+  call.act = parse_act("norm_act", act);
   call.alpha = static_cast<float>(alpha), call.gain = static_cast<float>(gain), call.eps = static_cast<float>(eps);
   return call;
 }

@@ -1,19 +1,10 @@
-// What norm_act computes per value: activations and their slopes, normalisation, the gradient's coefficients.
+// What norm_act computes per value: activation and slope of a vector, normalisation, the gradient's coefficients.
 #pragma once
 
+#include "activation.cuh"
 #include "norm_act_parts.cuh"
 
 namespace fastgan {
-
-// Klambauer et al. 2017, the fixed point of zero mean and unit variance.
-constexpr float kNormSeluScale = 1.05070098735548f, kNormSeluAlpha = 1.67326324235438f;
-
-// 1 / (1 + exp(-z)); of exp(z) and exp(-z) the one that cannot overflow. The divisor is between 1 and 2, where the fast
-// division is within 2 ulp.
-__device__ inline float norm_sigmoid(float z) {
-  const float e = expf(-fabsf(z));
-  return __fdividef(z < 0.0f ? e : 1.0f, 1.0f + e);
-}
 
 template <typename F, int kCount>
 __device__ __forceinline__ void norm_each(float (&values)[kCount], F f) {
@@ -23,67 +14,22 @@ __device__ __forceinline__ void norm_each(float (&values)[kCount], F f) {
   }
 }
 
-// values <- gain act(values). One switch per vector; comparisons so that a NaN stays one.
+// values <- gain act(values). One switch per vector.
 template <int kCount>
 __device__ inline void norm_activate(const NormCall& call, float (&values)[kCount]) {
   const float alpha = call.alpha, gain = call.gain;
-  switch (call.act) {
-    case NormAct::kLinear:
-      return norm_each(values, [=](float z) { return gain * z; });
-    case NormAct::kRelu:
-      return norm_each(values, [=](float z) { return gain * (z < 0.0f ? 0.0f : z); });
-    case NormAct::kLrelu:
-      return norm_each(values, [=](float z) { return gain * (z < 0.0f ? alpha * z : z); });
-    case NormAct::kTanh:
-      return norm_each(values, [=](float z) { return gain * tanhf(z); });
-    case NormAct::kSigmoid:
-      return norm_each(values, [=](float z) { return gain * norm_sigmoid(z); });
-    case NormAct::kElu:
-      return norm_each(values, [=](float z) { return gain * (z > 0.0f ? z : expm1f(z)); });
-    case NormAct::kSelu:
-      return norm_each(values,
-                       [=](float z) { return gain * kNormSeluScale * (z > 0.0f ? z : kNormSeluAlpha * expm1f(z)); });
-    case NormAct::kSoftplus:
-      return norm_each(values, [=](float z) { return gain * ((z < 0.0f ? 0.0f : z) + log1pf(expf(-fabsf(z)))); });
-    case NormAct::kSwish:
-      return norm_each(values, [=](float z) { return gain * z * norm_sigmoid(z); });
-  }
+  with_act(call.act, [&](auto act) {
+    norm_each(values, [=](float z) { return gain * act_value<decltype(act)::value>(z, alpha); });
+  });
 }
 
 // values <- gain act'(values).
 template <int kCount>
 __device__ inline void norm_slopes(const NormCall& call, float (&values)[kCount]) {
   const float alpha = call.alpha, gain = call.gain;
-  switch (call.act) {
-    case NormAct::kLinear:
-      return norm_each(values, [=](float) { return gain; });
-    case NormAct::kRelu:
-      return norm_each(values, [=](float z) { return z > 0.0f ? gain : 0.0f; });
-    case NormAct::kLrelu:
-      return norm_each(values, [=](float z) { return z > 0.0f ? gain : gain * alpha; });
-    case NormAct::kTanh:
-      return norm_each(values, [=](float z) {
-        const float t = tanhf(z);
-        return gain * (1.0f - t * t);
-      });
-    case NormAct::kSigmoid:
-      return norm_each(values, [=](float z) {
-        const float t = norm_sigmoid(z);
-        return gain * (t * (1.0f - t));
-      });
-    case NormAct::kElu:
-      return norm_each(values, [=](float z) { return z > 0.0f ? gain : gain * expf(z); });
-    case NormAct::kSelu:
-      return norm_each(values,
-                       [=](float z) { return gain * kNormSeluScale * (z > 0.0f ? 1.0f : kNormSeluAlpha * expf(z)); });
-    case NormAct::kSoftplus:
-      return norm_each(values, [=](float z) { return gain * norm_sigmoid(z); });
-    case NormAct::kSwish:
-      return norm_each(values, [=](float z) {
-        const float s = norm_sigmoid(z);
-        return gain * (s + z * s * (1.0f - s));
-      });
-  }
+  with_act(call.act, [&](auto act) {
+    norm_each(values, [=](float z) { return gain * act_slope<decltype(act)::value>(z, alpha); });
+  });
 }
 
 // What x means to a channel of a sample: u = (x - mean + offset) rstd, z = (x - mean) scale + shift. mean is rounded;

@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace fastgan {
+#include "activation.h"
 
-enum class NormAct : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
+namespace fastgan {
 
 struct NormPlan {
   bool wide;        // 16 bytes at a time, else elements
@@ -38,7 +38,7 @@ struct NormCall {
   int64_t run;  // planar: pixels of a plane that lie in a row; more in a merged one
   bool batch;   // groups of several samples, unless these are merged
   bool fixed;   // the statistics are given, they do not follow x
-  NormAct act;
+  Act act;
   float alpha, gain, eps;
   NormPlan plan;
 };

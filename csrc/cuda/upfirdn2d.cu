@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
+#include "image.h"
 
 namespace fastgan {
 
@@ -23,20 +23,6 @@ extern template FirKernel fir_kernel_of<__nv_bfloat16>(const FirPlan&, bool);
 namespace {
 
 constexpr const char* kOp = "upfirdn2d";
-
-bool is_channels_last(const Tensor& t) {
-  return !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(1) * t.size(3) &&
-         t.stride(0) == t.size(1) * t.size(2) * t.size(3);
-}
-
-// t itself if it is dense in the wanted layout, else a copy.
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  if (channels_last ? is_channels_last(t) : t.is_contiguous()) {
-    return t;
-  }
-  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
 
 // An uninitialised [n, c, h, w] of x's dtype on its device.
 Tensor empty_image(const Tensor& x, const std::array<int64_t, 4>& sizes, bool channels_last) {
@@ -65,12 +51,8 @@ FirAxis make_axis(int64_t in, int64_t up, int64_t down, int64_t taps, int64_t be
 
 // The activation and its slope below zero, unless it is a curved one.
 void set_act(FirParams& p, const std::string& name, double alpha) {
-  static const char* const kNames[] = {"linear", "relu", "lrelu",    "tanh", "sigmoid",
-                                       "elu",    "selu", "softplus", "swish"};
-  const auto found = std::find(std::begin(kNames), std::end(kNames), name);
-  STD_TORCH_CHECK(found != std::end(kNames), kOp, ": unknown activation ", name);
-  p.act = static_cast<FirAct>(found - std::begin(kNames));
-  p.slope = p.act == FirAct::kLrelu ? static_cast<float>(alpha) : 1.0f;
+  p.act = parse_act(kOp, name);
+  p.slope = p.act == Act::kLrelu ? static_cast<float>(alpha) : 1.0f;
 }
 
 const float* floats(const std::optional<Tensor>& t) {

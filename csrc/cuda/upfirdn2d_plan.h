@@ -9,10 +9,9 @@
 #include <cstdint>
 #include <iterator>
 
-namespace fastgan {
+#include "activation.h"
 
-// In the order of fastgan.reference.activation; those from kTanh on are curved.
-enum class FirAct : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
+namespace fastgan {
 
 // n / divisor for n < 2^31 by a multiplication (Granlund and Montgomery, "Division by invariant integers using
 // multiplication", 1994).
@@ -54,7 +53,7 @@ struct FirParams {
   bool wide_in, wide_out;       // accesses of 16 bytes
   int tile_offset, mid_offset;  // in shared memory, floats
   Divisor runs, rows, tiles_x, tiles_y, groups, per_sample;
-  FirAct act;
+  Act act;
   float fir_gain, slope, gain, clamp, residual_gain;
 };
 static_assert(sizeof(FirParams) <= 4096);

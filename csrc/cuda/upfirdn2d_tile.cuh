@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "activation.cuh"
 #include "ptx.h"
 #include "upfirdn2d_plan.h"
 
@@ -156,25 +157,6 @@ __device__ inline void load_fir_inputs(const FirParams& p, const FirPlace& at, i
 // ---------------------------------------------------------------------------------------------------------------------
 // The epilogue
 
-// act(z) of a curved one. A NaN stays one.
-__device__ inline float curved_fir_act(float z, FirAct act) {
-  switch (act) {
-    case FirAct::kTanh:
-      return tanhf(z);
-    case FirAct::kElu:
-      return z > 0 ? z : expm1f(z);
-    case FirAct::kSelu:
-      return 1.0507009873554804934193349852946f * (z > 0 ? z : 1.6732632423543772848170429916717f * expm1f(z));
-    case FirAct::kSoftplus:
-      // exp(z) overflows above 88.7.
-      return (z < 0 ? 0 : z) + log1pf(expf(-fabsf(z)));
-    case FirAct::kSigmoid:
-      return 1 / (1 + expf(-z));
-    default:  // swish
-      return z / (1 + expf(-z));
-  }
-}
-
 template <int kVector>
 __device__ inline void load_floats(const float* source, float (&values)[kVector]) {
   if constexpr (kVector % 4 == 0) {
@@ -230,7 +212,13 @@ __device__ inline void curve_fir_tile(const FirParams& p, const FirPlace& at, fl
     FirSpot spot;
     if (find_fir_spot<kStep>(p, at, i, spot)) {
       const float noise = spot.noise ? strength * __ldg(spot.noise) : 0.0f;
-      tile[i] = curved_fir_act(tile[i] * p.fir_gain + noise + (spot.bias ? __ldg(spot.bias) : 0.0f), p.act);
+      const float z = tile[i] * p.fir_gain + noise + (spot.bias ? __ldg(spot.bias) : 0.0f);
+      with_act(p.act, [&](auto act) {
+        // The others are left to finish_fir_vector.
+        if constexpr (is_curved(act)) {
+          tile[i] = act_value<decltype(act)::value>(z, 0.0f);
+        }
+      });
     }
   }
 }
@@ -256,7 +244,7 @@ __device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot
       residual[0] = *source;
     }
   }
-  if (p.act >= FirAct::kTanh) {
+  if (is_curved(p.act)) {
     each([&](float value, int) { return value * p.gain; });
   } else {
     // One of the two is the same for the whole vector.
@@ -268,7 +256,7 @@ __device__ inline void finish_fir_vector(const FirParams& p, const FirSpot& spot
       load_floats(vector, along);
       each([&](float value, int i) { return value + (kStep == 1 ? strength : 1.0f) * along[i]; });
     }
-    if (p.act == FirAct::kRelu) {
+    if (p.act == Act::kRelu) {
       // Zero times -infinity would be a NaN.
       each([](float value, int) { return value < 0 ? 0.0f : value; });
     }
@@ -310,7 +298,7 @@ __device__ inline void finish_fir_tile(const FirParams& p, const FirPlace& at, f
 template <typename T, int kStep>
 __device__ inline void finish_fir(const FirParams& p, const FirPlace& at, float* tile) {
   const float strength = p.strength ? __ldg(p.strength) : 1.0f;
-  if (p.act >= FirAct::kTanh) {
+  if (is_curved(p.act)) {
     curve_fir_tile<kStep>(p, at, strength, tile);
     __syncthreads();
   }

@@ -7,7 +7,7 @@
 
 namespace {
 
-using fastgan::NormAct;
+using fastgan::Act;
 using fastgan::NormCall;
 
 template <typename T>
@@ -15,7 +15,7 @@ T* data_or_null(const simt::Buffer<T>& buffer) {
   return buffer.size == 0 ? nullptr : buffer.data;
 }
 
-// sizes: samples, channels, pixels; flags: channels_last, batch, fixed, weight and bias per sample; act in NormAct's
+// sizes: samples, channels, pixels; flags: channels_last, batch, fixed, weight and bias per sample; act in Act's
 // order.
 template <typename T>
 NormCall make_call(simt::Buffer<const T> x, simt::Buffer<const float> weight, simt::Buffer<const float> bias,
@@ -27,7 +27,7 @@ NormCall make_call(simt::Buffer<const T> x, simt::Buffer<const float> weight, si
   call.samples = sizes[0], call.channels = sizes[1], call.pixels = sizes[2];
   call.batch = flags[1], call.fixed = flags[2];
   call.weight_stride = flags[3] ? sizes[1] : 0, call.bias_stride = flags[4] ? sizes[1] : 0;
-  call.act = static_cast<NormAct>(act);
+  call.act = static_cast<Act>(act);
   call.alpha = static_cast<float>(alpha), call.gain = static_cast<float>(gain), call.eps = static_cast<float>(eps);
   return call;
 }

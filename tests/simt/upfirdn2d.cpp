@@ -56,7 +56,7 @@ void upfirdn2d(simt::Buffer<const T> x, simt::Buffer<const float> f, simt::Buffe
   p.noise_stride = sizes[3] > 1 ? int64_t{p.across.out} * p.along.out : 0;
   p.filter_stride = sizes[4] == 2 ? p.across.taps : 0;
   p.flip = sizes[5] != 0;
-  p.act = static_cast<fastgan::FirAct>(act);
+  p.act = static_cast<fastgan::Act>(act);
   p.fir_gain = static_cast<float>(fir_gain), p.slope = static_cast<float>(slope), p.gain = static_cast<float>(gain);
   p.clamp = static_cast<float>(clamp), p.residual_gain = static_cast<float>(residual_gain);
   const FirPlan plan = fastgan::plan_fir(p, channels_last, sizeof(T));
