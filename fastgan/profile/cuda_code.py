@@ -18,9 +18,24 @@ from pathlib import Path
 from fastgan.profile.devices import ARCHITECTURES
 from fastgan.profile.machine_code import MachineCode, parse
 
-# Dynamic shared memory is asked for at the launch and stands nowhere in the code: bytes, the most that a kernel's
-# launches ask for. tests/simt compares it with what the launches do ask for.
-DYNAMIC_SHARED: dict[str, int] = {}
+# Dynamic shared memory is asked for at the launch and stands nowhere in the code: bytes, the most that a launch asks
+# for, by a part of the kernel's name. norm_act keeps a plane as large as the GPU has memory for: here it is one of four
+# vectors for each thread of the largest block, 128² in half types; the gradient keeps two. tests/simt holds all of this
+# against the launchers' own numbers.
+DYNAMIC_SHARED = {
+    "sigma_kernel<": 48128,
+    "fir_kernel": 48128,
+    "FlreluStrip<2, 12, 2, 12>": 21600,
+    "FlreluStrip<4, 24, 2, 12>": 14096,
+    "FlreluStrip<2, 12, 4, 24>": 17424,
+    "flrelu_tile_kernel<": 49152,
+    "norm_plane_kernel<": 32768,
+    "norm_plane_grad_kernel<": 65536,
+    "ConvTile<1, 8, 16, 128, 2, 4>": 47616,
+    "ConvTile<1, 8, 16, 64, 2, 2>": 35328,
+    "ConvTile<1, 8, 8, 64, 2, 2>": 25088,
+    "ConvTile<4, 4, 4, 64, 2, 2>": 30720,
+}
 
 _MAX_THREADS = 0x05  # EIATTR_MAX_THREADS of an .nv.info section: __launch_bounds__
 _VALUE_HAS_SIZE = 0x04  # EIFMT_SVAL: a 16-bit size and so many bytes follow; other formats carry 16 bits
@@ -45,11 +60,6 @@ class CudaCode:
     code: MachineCode
 
     @property
-    def base(self) -> str:
-        """The kernel's name without template arguments."""
-        return self.kernel.partition("<")[0]
-
-    @property
     def warps(self) -> int:
         """Per block, at most."""
         return -(-self.threads // 32)
@@ -59,7 +69,8 @@ class CudaCode:
         """Bytes of shared memory per block, dynamic ones included, at most; without the system's part, which the
         readers count from sm_90 on."""
         system = ARCHITECTURES[self.arch].shared_reserved if self.arch >= 90 else 0
-        return self.code.static_shared - system + DYNAMIC_SHARED.get(self.base, 0)
+        dynamic = sum(size for part, size in DYNAMIC_SHARED.items() if part in self.kernel)
+        return self.code.static_shared - system + dynamic
 
     @property
     def occupancy(self) -> float:
