@@ -1,5 +1,5 @@
-"""Checks an installed fastgan: it lies under FASTGAN_PREFIX, its C++ is loaded unless FASTGAN_BUILD_CPP=0 left it out, and
-an op runs on it and is right."""
+"""Checks an installed fastgan: it lies under FASTGAN_PREFIX, its C++ is loaded unless FASTGAN_BUILD_CPP=0 left it out,
+and an op runs on it and is right."""
 
 import os
 from pathlib import Path
