@@ -10,7 +10,8 @@
 
 namespace fastgan {
 
-inline bool is_channels_last(const Tensor& x) {
+// Also true of what lies as NCHW at the same time.
+inline bool lies_as_nhwc(const Tensor& x) {
   if (x.dim() != 4) {
     return false;
   }
@@ -25,11 +26,11 @@ inline bool is_channels_last(const Tensor& x) {
 }
 
 inline void check_dense(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_contiguous() || is_channels_last(x), op, ": every map must be contiguous or channels_last");
+  STD_TORCH_CHECK(x.is_contiguous() || lies_as_nhwc(x), op, ": every map must be contiguous or channels_last");
 }
 
 inline bool same_order(const Tensor& x, const Tensor& y) {
-  return (x.is_contiguous() && y.is_contiguous()) || (is_channels_last(x) && is_channels_last(y));
+  return (x.is_contiguous() && y.is_contiguous()) || (lies_as_nhwc(x) && lies_as_nhwc(y));
 }
 
 // x in the memory order of `like`, a dense tensor of the same shape.
