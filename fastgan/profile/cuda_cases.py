@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastgan
 from fastgan import ops
+from fastgan.profile.devices import Device
 from fastgan.profile.traffic import CUDA, Kernel, count
 
 BACKENDS = ("cuda", "triton", "reference")
@@ -36,6 +37,7 @@ class CudaCase:
         dtype: of the products among them.
         launches: of the op's kernels.
         again: bytes that it moves beyond each tensor once.
+        least_arch: the architecture from which on the kernel runs.
     """
 
     op: str
@@ -46,6 +48,7 @@ class CudaCase:
     dtype: torch.dtype = torch.float32
     launches: int = 1
     again: int = 0
+    least_arch: int = 75
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class CudaTraffic:
 
     case: CudaCase
     kernels: dict[str, list[Kernel] | str]
+
+    def runs_on(self, backend: str, device: Device) -> bool:
+        """Whether the device has the instructions of the backend's kernel."""
+        return backend != "cuda" or device.arch >= self.case.least_arch
 
 
 def _map(*shape: int, dtype: torch.dtype = _HALF, layout: torch.memory_format = _LAST) -> Tensor:
@@ -76,7 +83,8 @@ def _modulated(size: int, channels: int) -> CudaCase:
         return ops.modulated_conv2d(x, weight, style, padding=1, weight_energy=energy, epilogue=epilogue)
 
     flops = 2 * 9 * channels**2 * size**2
-    return CudaCase("modulated_conv2d", f"3×3, {channels}→{channels} at {size}², NHWC", inputs, call, flops, _HALF)
+    name = f"3×3, {channels}→{channels} at {size}², NHWC"
+    return CudaCase("modulated_conv2d", name, inputs, call, flops, _HALF, least_arch=80)
 
 
 def _resample(name: str, x: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, **options: Any) -> CudaCase:

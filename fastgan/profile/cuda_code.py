@@ -19,9 +19,8 @@ from fastgan.profile.devices import ARCHITECTURES
 from fastgan.profile.machine_code import MachineCode, parse
 
 # Dynamic shared memory is asked for at the launch and stands nowhere in the code: bytes, the most that a launch asks
-# for, by a part of the kernel's name. norm_act keeps a plane as large as the GPU has memory for: here it is one of four
-# vectors for each thread of the largest block, 128² in half types; the gradient keeps two. tests/simt holds all of this
-# against the launchers' own numbers.
+# for, by a part of the kernel's name. norm_act keeps a plane as large as the GPU has memory for: here it is one of 8192
+# values in half types; the gradient keeps two. tests/simt holds all of this against the launchers' own numbers.
 DYNAMIC_SHARED = {
     "sigma_kernel<": 48128,
     "fir_kernel": 48128,
@@ -29,8 +28,8 @@ DYNAMIC_SHARED = {
     "FlreluStrip<4, 24, 2, 12>": 14096,
     "FlreluStrip<2, 12, 4, 24>": 17424,
     "flrelu_tile_kernel<": 49152,
-    "norm_plane_kernel<": 32768,
-    "norm_plane_grad_kernel<": 65536,
+    "norm_plane_kernel<": 16384,
+    "norm_plane_grad_kernel<": 32768,
     "ConvTile<1, 8, 16, 128, 2, 4>": 47616,
     "ConvTile<1, 8, 16, 64, 2, 2>": 35328,
     "ConvTile<1, 8, 8, 64, 2, 2>": 25088,

@@ -302,7 +302,7 @@ def _cuda_calls(report: Report) -> list[str]:
             if isinstance(kernels, str):
                 rows.append((entry.case.op, entry.case.name, backend, *["–"] * (2 + len(DEVICES))))
                 continue
-            times = [predicted_seconds(kernels, device) for device in DEVICES]
+            times = [predicted_seconds(kernels, d) if entry.runs_on(backend, d) else None for d in DEVICES]
             cells = ["–" if seconds is None else f"{seconds * 1e6:.3g}" for seconds in times]
             moved = f"{sum(kernel.bytes for kernel in kernels) / _MIB:.2f}"
             rows.append((entry.case.op, entry.case.name, backend, len(kernels), moved, *cells))

@@ -275,12 +275,13 @@ def as_json(report: Report) -> dict[str, Any]:
 def _cuda_row(entry: CudaTraffic) -> dict[str, Any]:
     row: dict[str, Any] = {"op": entry.case.op, "call": entry.case.name}
     for backend, kernels in entry.kernels.items():
-        row[backend] = {"cannot_run": kernels} if isinstance(kernels, str) else _kernels(kernels)
+        devices = [device for device in DEVICES if entry.runs_on(backend, device)]
+        row[backend] = {"cannot_run": kernels} if isinstance(kernels, str) else _kernels(kernels, devices)
     return row
 
 
-def _kernels(kernels: Sequence[Kernel]) -> dict[str, Any]:
-    predicted = {device.name: predicted_seconds(kernels, device) for device in DEVICES}
+def _kernels(kernels: Sequence[Kernel], devices: Sequence[Device] = DEVICES) -> dict[str, Any]:
+    predicted = {device.name: predicted_seconds(kernels, device) for device in devices}
     return {
         "kernels": [kernel.name for kernel in kernels],
         "modelled_bytes": sum(kernel.bytes for kernel in kernels),

@@ -20,11 +20,11 @@ void print_strip(const char* name) {
   std::printf("%s\t%d\n", name, static_cast<int>(4 * Strip::kSharedFloats));
 }
 
-// Of a plane with four vectors for each thread of the largest block.
+// Of a plane of 8192 values in half types.
 int plane_bytes() {
   fastgan::NormCall call{};
   call.samples = call.channels = 1;
-  call.pixels = call.run = 8 * fastgan::kNormChunks * fastgan::kNormMostThreads;
+  call.pixels = call.run = 8192;
   return fastgan::plan_norm_planes(call, true, 2).slice_bytes;
 }
 
