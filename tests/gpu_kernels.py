@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from fastgan.kernels._launch import Launch
 
+from fastgan.profile.cuda_code import CudaCode
+from fastgan.profile.machine_code import MachineCode
+
 
 @triton.jit
 def tile(ptr, rows, columns, stride, row_count, column_count):
@@ -93,3 +96,9 @@ def broken_kernel(x_ptr, BLOCK: tl.constexpr):
 
 def broken() -> Launch:
     return Launch(broken_kernel, (1,), {"x_ptr": torch.empty(64, device="meta")}, {"BLOCK": 64})
+
+
+def cuda_code(arch: int, **changes: int) -> CudaCode:
+    """What is read of a kernel of CUDA C++, all in order but for ``changes``."""
+    facts = {"registers": 40, "stack": 0, "static_shared": 2048, "spills": 0, **changes}
+    return CudaCode("some_kernel<float>", arch, 256, MachineCode(**facts, tensor={}, loads={128: 2}, stores={32: 1}))

@@ -15,17 +15,15 @@ import torch.nn.functional as F
 from fastgan.kernels._launch import Launch
 from torch import Tensor
 
-from fastgan import _native, cli
-from fastgan._native import LibraryStatus, read_build_info
+from fastgan import cli
+from fastgan._native import LibraryStatus
 from fastgan.profile import gpu_layers, gpu_report
 from fastgan.profile.compiled import Compiled, Failure, _compile, compile_all, compile_jobs, specialise, vector_bits
 from fastgan.profile.cuda_cases import CASES, cuda_traffic
-from fastgan.profile.cuda_code import CudaCode, read_library
 from fastgan.profile.devices import ARCHITECTURES, DEVICES, device
-from fastgan.profile.gpu_checks import check, check_cuda
+from fastgan.profile.gpu_checks import check
 from fastgan.profile.gpu_layers import Layer, report_layers
-from fastgan.profile.gpu_markdown import as_markdown
-from fastgan.profile.machine_code import MachineCode, parse, read
+from fastgan.profile.machine_code import parse, read
 from fastgan.profile.traffic import count
 
 
@@ -367,15 +365,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_report, "report_layers", lambda: [gpu_layers.stylegan2()[1], *gpu_layers.patch_critic()[:2]]
     )
     library = LibraryStatus(Path(__file__), None)
+    codes = [gpu_kernels.cuda_code(75, spills=3), gpu_kernels.cuda_code(90)]
     monkeypatch.setattr(gpu_report._native, "load", lambda: {"cuda": library})
-    monkeypatch.setattr(gpu_report, "read_library", lambda path: [cuda_code(75, spills=3), cuda_code(90)])
+    monkeypatch.setattr(gpu_report, "read_library", lambda path: codes)
     calls = [case for case in CASES if case.op == "spectral_sigma"]
     monkeypatch.setattr(gpu_report, "cuda_traffic", lambda: cuda_traffic(calls))
-
-
-def cuda_code(arch: int, **changes: int) -> CudaCode:
-    facts = {"registers": 40, "stack": 0, "static_shared": 2048, "spills": 0, **changes}
-    return CudaCode("some_kernel<float>", arch, 256, MachineCode(**facts, tensor={}, loads={128: 2}, stores={32: 1}))
 
 
 def test_json(small: None, capsys: pytest.CaptureFixture) -> None:
@@ -418,34 +412,6 @@ def test_markdown(small: None, tmp_path, capsys: pytest.CaptureFixture) -> None:
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.endswith("|")
-
-
-def test_report_says_that_there_are_no_cuda_kernels(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    missing = LibraryStatus(tmp_path / "libfastgan_cuda.so", "not built: no nvcc found")
-    monkeypatch.setattr(gpu_report._native, "load", lambda: {"cuda": missing})
-    report = gpu_report.make_report([75], processes=1)
-    assert not report.cuda and not report.cuda_traffic
-    assert "There is no library of them here: not built: no nvcc found." in as_markdown(report)
-
-
-def test_the_built_cuda_kernels_are_read() -> None:
-    library = _native.load()["cuda"]
-    if read_build_info()["cuda_reason"] is not None:
-        assert not library.path.exists()
-        return
-    kernels = read_library(library.path)
-    types = ("float", "__half", "__nv_bfloat16")
-    assert {code.kernel for code in kernels} >= {f"sigma_kernel<{dtype}, true>" for dtype in types}
-    assert all(code.threads % 32 == 0 and 32 <= code.threads <= 1024 and code.occupancy > 0 for code in kernels)
-    assert any(code.code.widest_load == 128 for code in kernels)
-    assert not check_cuda(kernels), "\n".join(map(str, check_cuda(kernels)))
-
-
-def test_what_a_cuda_kernel_asks_for_must_fit() -> None:
-    fits, spills, large = cuda_code(80), cuda_code(80, spills=2, stack=8), cuda_code(75, static_shared=65 * 1024)
-    assert [(f.kind, f.arch) for f in check_cuda([fits, spills, large])] == [("spill", 80), ("launch", 75)]
 
 
 def test_report_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,11 +112,13 @@ def _norm(size: int, channels: int, layout: torch.memory_format) -> CudaCase:
     def call(x: Tensor) -> Tensor:
         return ops.norm_act(x, act="relu")
 
+    def inputs() -> list[Any]:
+        return [_map(1, channels, size, size, layout=layout)]
+
     name = f"instance, {channels} at {size}², {'NHWC' if layout == _LAST else 'NCHW'}"
     # In NHWC: moments of slices, these put together, and x once more.
     launches, again = (3, 2 * channels * size**2) if layout == _LAST else (1, 0)
-    return CudaCase("norm_act", name, lambda: [_map(1, channels, size, size, layout=layout)], call, 0, torch.float32,
-                    launches, again)  # fmt: skip
+    return CudaCase("norm_act", name, inputs, call, launches=launches, again=again)
 
 
 def _critic_maps() -> list[Tensor]:
