@@ -107,11 +107,20 @@ FASTGAN_INLINE void pair_tile(const PairProducts& p, const W* weights, int64_t f
   }
 }
 
+// The vectors from v on, fewer than a tile takes: at most kVectors of them.
+template <typename Set, typename V, int kRows, int kVectors, bool kFetch, typename W>
+FASTGAN_INLINE void last_pair_tile(const PairProducts& p, const W* weights, int64_t v) {
+  if constexpr (kVectors > 0) {
+    if (p.vectors - v == kVectors) return pair_tile<Set, V, kRows, kVectors, kFetch>(p, weights, v);
+    last_pair_tile<Set, V, kRows, kVectors - 1, kFetch>(p, weights, v);
+  }
+}
+
 template <typename Set, typename V, int kRows, int kVectors, bool kFetch = false, typename W>
 FASTGAN_INLINE void pairs_of(const PairProducts& p, const W* weights) {
   int64_t v = 0;
   for (; v + kVectors <= p.vectors; v += kVectors) pair_tile<Set, V, kRows, kVectors, kFetch>(p, weights, v);
-  for (; v < p.vectors; ++v) pair_tile<Set, V, kRows, 1, false>(p, weights, v);
+  last_pair_tile<Set, V, kRows, kVectors - 1, kFetch>(p, weights, v);
 }
 
 // kVectors x kRows sums: as many as the registers hold beside their operands.

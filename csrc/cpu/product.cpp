@@ -65,13 +65,23 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, const T* image, int64_t f
   }
 }
 
+// The vectors from v on, fewer than a tile takes: at most kVectors of them.
+template <typename V, int kRows, int kVectors, bool kFetch, typename T>
+FASTGAN_INLINE void last_panel_tile(const PanelProducts& p, const T* image, int64_t v) {
+  constexpr int kLeast = sizeof(T) == sizeof(float) ? 1 : 2;
+  if constexpr (kVectors >= kLeast) {
+    if (p.vectors - v == kVectors) return panel_tile<V, kRows, kVectors, kFetch>(p, image, v);
+    last_panel_tile<V, kRows, kVectors - kLeast, kFetch>(p, image, v);
+  }
+}
+
 // kVectors x kRows sums: as many as the registers hold beside their operands.
 template <typename V, int kRows, int kVectors, bool kFetch = false, typename T>
 FASTGAN_INLINE void panel(const PanelProducts& p, const T* image) {
   constexpr int kLeast = sizeof(T) == sizeof(float) ? 1 : 2;
   int64_t v = 0;
   for (; v + kVectors <= p.vectors; v += kVectors) panel_tile<V, kRows, kVectors, kFetch>(p, image, v);
-  for (; v < p.vectors; v += kLeast) panel_tile<V, kRows, kLeast, false>(p, image, v);
+  last_panel_tile<V, kRows, kVectors - kLeast, kFetch>(p, image, v);
 }
 
 template <typename V, int kWide, typename T>

@@ -11,6 +11,7 @@
 #include "conv_choice.h"
 #include "empty.h"
 #include "epilogue.h"
+#include "quantized_direct.h"
 #include "winograd.h"
 #include "winograd_conv.h"
 #include "winograd_plan.h"
@@ -34,6 +35,13 @@ Tensor factors_of(const Tensor& weight_scale, const std::optional<Tensor>& out_s
   return result;
 }
 
+// What the sums of a tile's products are too large by.
+double weight_factor_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t tile) {
+  if (!tile) return 1;
+  const int64_t r = taps_per_axis(ConvPlan(x, weight, g), weight.size(2)) == 3 ? 3 : 2;
+  return static_cast<double>(whole_factors(tile, r).weight_factor);
+}
+
 void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                            const std::optional<Tensor>& in_scale, const std::optional<Tensor>& out_scale, double step,
                            int64_t low, int64_t high, const std::optional<Tensor>& noise,
@@ -44,7 +52,7 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
                            std::string act, double alpha, double gain, std::optional<double> clamp,
                            double residual_gain, const Tensor& out) {
   const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups, reflect};
-  const Refusal refusal = refused_by_quantized_winograd(x, weight, geometry, tile);
+  const Refusal refusal = refused_by_quantized(x, weight, geometry, tile);
   STD_TORCH_CHECK(!refusal, "quantized_conv2d: it cannot serve this call: ", text_of(refusal));
   STD_TORCH_CHECK(low <= 0 && high >= 0 && low < high && high - low <= 255,
                   "quantized_conv2d: low and high must be at most 255 apart and have 0 between them, got ", low,
@@ -52,18 +60,18 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
   STD_TORCH_CHECK(weight_scale.numel() == weight.size(transposed ? 1 : 0),
                   "quantized_conv2d: weight_scale must have a value for each of ", weight.size(transposed ? 1 : 0),
                   " output channels, got ", weight_scale.numel());
-  count_call(Algorithm::kQuantized);
-  const ConvPlan plan(x, weight, geometry);
-  const int64_t r = taps_per_axis(plan, weight.size(2)) == 3 ? 3 : 2;
+  count_call(tile ? Algorithm::kQuantizedWinograd : Algorithm::kQuantizedDirect);
   const std::optional<Tensor> factor =
-      factors_of(weight_scale, out_scale, step / static_cast<double>(whole_factors(tile, r).weight_factor));
+      factors_of(weight_scale, out_scale, step / weight_factor_of(x, weight, geometry, tile));
   const auto dense_residual = residual ? std::optional(in_layout(*residual, false)) : std::nullopt;
   const EpilogueArgs args{factor,       noise,          noise_strength,
                           bias,         dense_residual, parse_act("quantized_conv2d", act),
                           alpha,        gain,           clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
   const Quantization quantization{static_cast<float>(1 / step), static_cast<float>(low), static_cast<float>(high)};
-  quantized_winograd_conv(x, weight, in_scale, geometry, tile, quantization, PlanarResult(args, out, nullptr));
+  const PlanarResult result(args, out, nullptr);
+  if (tile) return quantized_winograd_conv(x, weight, in_scale, geometry, tile, quantization, result);
+  quantized_direct_conv(x, weight, in_scale, geometry, quantization, result);
 }
 
 // The tiles that can serve a call, one line "tile<TAB>predicted ms" each, the best first.

@@ -30,10 +30,10 @@ struct Blocking {
 // A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has
 // so many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do
 // not meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
-Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth, int64_t threads) {
+Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth, int64_t slab, int64_t threads) {
   constexpr int64_t kTiles = 96 << 10;  // floats
   const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : plan.many_weights() ? 96 : 32;
-  const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab_size());
+  const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab);
   Blocking b{all_lines, 1, 1, plan.tiles_w, 4};
   if (plan.divides_weights()) {
     b.line_blocks = 1;
@@ -50,12 +50,12 @@ Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t dep
 }
 
 // The same for every number of results, so that tiles stay where they are.
-Blocking blocking_of_growing(ConvPlan conv, int64_t per_axis, int64_t m, GrowingTiles& growing) {
+Blocking blocking_of_growing(ConvPlan conv, int64_t per_axis, int64_t m, int64_t slab, GrowingTiles& growing) {
   if (!growing.threads) growing.threads = torch::stable::get_num_threads();
-  const int64_t slabs = ceil_div(conv.c_out, slab_size());
+  const int64_t slabs = ceil_div(conv.c_out, slab);
   conv.c_in = growing.most;
   conv.c_out = 1;
-  Blocking b = blocking_of(conv, WinogradPlan(conv, per_axis, m), growing.most, growing.threads);
+  Blocking b = blocking_of(conv, WinogradPlan(conv, per_axis, m), growing.most, slab, growing.threads);
   b.slabs = std::min<int64_t>(4, slabs);
   return b;
 }
@@ -71,11 +71,11 @@ class Call {
         plan_(conv, taps_per_axis(conv, weight.size(2)), m),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
-        slab_(slab_size()),
+        slab_(slab_size(conv.c_out, storage)),
         per_word_(channels_per_word(storage)),
         most_depth_(growing ? growing->most : plan_.depth / per_word_),
-        blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, *growing)
-                          : blocking_of(conv, plan_, most_depth_, torch::stable::get_num_threads())),
+        blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, slab_, *growing)
+                          : blocking_of(conv, plan_, most_depth_, slab_, torch::stable::get_num_threads())),
         weights_(conv, plan_, blocking_.slabs, weight, g, storage) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
@@ -117,10 +117,11 @@ class Call {
     int64_t value, matrix, sums;
   };
 
-  // Of one product: `rows` tiles from `tiles` on times `count` words from `first` on of some slabs' weights.
+  // Of one product: `rows` tiles from `tiles` on times some slabs' weights, `depth` words after the first `skip` of the
+  // chunk [first, first + count).
   struct Panel {
     const float* tiles;
-    int64_t rows, matrix, slab, first, count;
+    int64_t rows, matrix, slab, first, count, skip, depth;
     const std::vector<int32_t>& columns;
     int64_t vectors, ahead;
     float* sums;
@@ -270,25 +271,29 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
   for (int64_t first = 0; first < weights_.depth(); first += kPanelDepth) {
     const int64_t count = std::min(kPanelDepth, weights_.depth() - first);
     const float* const from = b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
-    // So many slabs of weights stay in the first-level cache while the tiles pass by.
-    const int64_t together = std::max<int64_t>(1, kPanelDepth / count);
+    // So many slabs of weights, or so much of one, stay in the first-level cache while the tiles pass by: 32 KB.
+    const int64_t near = slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth, together = std::max<int64_t>(1, near / count);
     std::vector<int32_t> columns;
     for (int64_t v = 0; v < together * vectors; ++v) {
       columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
     }
     for (int64_t slab = 0; slab < slabs; slab += together) {
       const int64_t of_slabs = std::min(together, slabs - slab);
-      for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
-        multiply_panel({.tiles = from + tile * kPanelStride,
-                        .rows = std::min(kPanelRows, tiles - tile),
-                        .matrix = product.matrix,
-                        .slab = first_slab + slab,
-                        .first = first,
-                        .count = count,
-                        .columns = columns,
-                        .vectors = of_slabs * vectors,
-                        .ahead = of_slabs * count * slab_,
-                        .sums = sums + tile * sum_row() + slab * slab_});
+      for (int64_t k = 0; k < count; k += near) {
+        for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
+          multiply_panel({.tiles = from + tile * kPanelStride + k,
+                          .rows = std::min(kPanelRows, tiles - tile),
+                          .matrix = product.matrix,
+                          .slab = first_slab + slab,
+                          .first = first,
+                          .count = count,
+                          .skip = k,
+                          .depth = std::min(near, count - k),
+                          .columns = columns,
+                          .vectors = of_slabs * vectors,
+                          .ahead = of_slabs * std::min(near, count) * slab_,
+                          .sums = sums + tile * sum_row() + slab * slab_});
+        }
       }
     }
   }
@@ -296,21 +301,22 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
 
 void Call::multiply_panel(const Panel& p) const {
   const auto weights_as = [&]<typename T>(Storage storage) -> const T* {
-    return weights_.storage() == storage ? weights_.at<T>(p.matrix, p.first, p.count, p.slab) : nullptr;
+    if (weights_.storage() != storage) return nullptr;
+    return weights_.at<T>(p.matrix, p.first, p.count, p.slab) + per_word_ * p.skip * slab_;
   };
   const float* const next = p.tiles + kPanelSize;
   if (quantization_) {
     pair_products({.values = reinterpret_cast<const int32_t*>(p.tiles),
                    .rows = p.rows,
                    .step = slab_,
-                   .depth = p.count,
+                   .depth = p.depth,
                    .weights = weights_as.operator()<int16_t>(Storage::kInt16),
                    .narrow_weights = weights_as.operator()<int8_t>(Storage::kInt8),
                    .columns = p.columns.data(),
                    .vectors = p.vectors,
                    .sums = reinterpret_cast<int32_t*>(p.sums),
                    .sums_stride = sum_row(),
-                   .overwrite = p.first == 0,
+                   .overwrite = p.first + p.skip == 0,
                    .next = reinterpret_cast<const int32_t*>(next),
                    .ahead = p.ahead});
   } else {
@@ -318,14 +324,14 @@ void Call::multiply_panel(const Panel& p) const {
                     .rows = p.rows,
                     .offsets = nullptr,
                     .step = slab_,
-                    .depth = p.count,
+                    .depth = p.depth,
                     .image = weights_as.operator()<float>(Storage::kFloat),
                     .narrow_image = weights_as.operator()<BFloat16>(Storage::kBfloat16),
                     .columns = p.columns.data(),
                     .vectors = p.vectors,
                     .sums = p.sums,
                     .sums_stride = sum_row(),
-                    .overwrite = p.first == 0,
+                    .overwrite = p.first + p.skip == 0,
                     .next = next,
                     .ahead = p.ahead});
   }

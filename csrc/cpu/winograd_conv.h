@@ -46,8 +46,9 @@ void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const std::o
                              const ConvGeometry& g, int64_t m, const Quantization& quantization,
                              const PlanarResult& result);
 
-// Why it cannot compute the call.
-Refusal refused_by_quantized_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m);
+// What computes such a convolution: tiles of 1 to 3 by quantized_winograd_conv, 0 by quantized_direct_conv
+// (quantized_direct.h). Why it cannot.
+Refusal refused_by_quantized(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m);
 
 // The tiles that can serve it, the one that should first, with their predicted times.
 Candidates quantized_tiles(const Tensor& x, const Tensor& weight, const ConvGeometry& g);

@@ -9,6 +9,7 @@
 #include "direct_conv.h"
 #include "kept_weights.h"
 #include "product.h"
+#include "quantized_direct.h"
 #include "winograd.h"
 #include "winograd_conv.h"
 #include "winograd_plan.h"
@@ -79,16 +80,17 @@ Refusal refused_by_winograd(const Tensor& x, const Tensor& weight, const ConvGeo
   return refuse_kernel(x, weight, g);
 }
 
-Refusal refused_by_quantized_winograd(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m) {
+Refusal refused_by_quantized(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m) {
   if (x.scalar_type() != ScalarType::Float) return {"it takes float32"};
   if (weight.scalar_type() != ScalarType::Char) return {"it takes a weight in int8"};
   if (!weight.is_contiguous()) return {"it takes a contiguous weight"};
   if (const Refusal refusal = refuse_unless_plain_shapes(x, weight, g)) return refusal;
   if (const Refusal refusal = refuse_unless_nchw(x, weight, g)) return refusal;
+  if (m == 0) return refused_by_quantized_direct(x, weight, g);
   if (const Refusal refusal = refuse_kernel(x, weight, g)) return refusal;
   const ConvPlan conv(x, weight, g);
   const int64_t per_axis = taps_per_axis(conv, weight.size(2)), largest = per_axis == 3 ? 2 : 3;
-  if (m < 1 || m > largest) return {"it takes tiles of 1 to #, got #", largest, m};
+  if (m < 1 || m > largest) return {"it takes tiles of 0 to #, got #", largest, m};
   const WinogradPlan plan(conv, per_axis, m);
   const WholeFactors factors = whole_factors(m, plan.r);
   const int64_t deepest = INT32_MAX / (kLargestInput * factors.input * kLargestWeight * factors.weight);
@@ -98,11 +100,15 @@ Refusal refused_by_quantized_winograd(const Tensor& x, const Tensor& weight, con
 
 Candidates quantized_tiles(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   Candidates found;
+  if (!refused_by_quantized(x, weight, g, 0)) {
+    found.push_back({.algorithm = Algorithm::kQuantizedDirect,
+                     .predicted_ms = (kCallCost + quantized_direct_cost(x, weight, g)) / kCostPerMs});
+  }
   for (const int64_t m : {1, 2, 3}) {
-    if (refused_by_quantized_winograd(x, weight, g, m)) continue;
+    if (refused_by_quantized(x, weight, g, m)) continue;
     const ConvPlan conv(x, weight, g);
     const WinogradPlan plan(conv, taps_per_axis(conv, weight.size(2)), m);
-    found.push_back({.algorithm = Algorithm::kQuantized,
+    found.push_back({.algorithm = Algorithm::kQuantizedWinograd,
                      .m = m,
                      .r = plan.r,
                      .predicted_ms = quantized_cost(conv, plan) / kCostPerMs});

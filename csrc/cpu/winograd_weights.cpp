@@ -25,7 +25,12 @@ LargeBuffer as_floats(const Tensor& weight) {
 
 }  // namespace
 
-int64_t slab_size() { return std::max(kGroup, product_lanes() * product_vectors()); }
+int64_t slab_size(int64_t c_out, Storage storage) {
+  const int64_t registers = ceil_div(c_out, product_lanes());
+  const int64_t vectors = ceil_div(registers, ceil_div(registers, product_vectors()));
+  // In bfloat16 two registers lie side by side.
+  return round_up(vectors * product_lanes(), std::max(kGroup, storage == Storage::kBfloat16 ? 2 * product_lanes() : 0));
+}
 
 WinogradWeights::WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan, int64_t together, const Tensor& weight,
                                  const ConvGeometry& g, Storage storage)
@@ -34,7 +39,7 @@ WinogradWeights::WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan,
       storage_(storage),
       per_word_(channels_per_word(storage)),
       depth_(plan.depth / per_word_),
-      slab_(slab_size()),
+      slab_(slab_size(conv.c_out, storage)),
       together_(together),
       size_(depth_ * together * slab_ + kCacheLine) {
   // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.

@@ -14,8 +14,8 @@ namespace fastgan {
 // of a cache.
 constexpr int64_t kCacheLine = 16;
 
-// Output channels side by side in the products.
-int64_t slab_size();
+// Output channels side by side in the products, of a convolution with so many: as few registers as hold them all.
+int64_t slab_size(int64_t c_out, Storage storage);
 
 // Input channels that are multiplied in one step: a word of a matrix is a float, or a pair of integers.
 inline int64_t channels_per_word(Storage storage) {

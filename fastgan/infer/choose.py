@@ -39,7 +39,10 @@ def candidates(node: fx.Node, precision: str) -> list[Choice]:
 
 def _quantized(x: Tensor, weight: Tensor, node: fx.Node) -> list[Choice]:
     found = _into.quantized_tiles(x, weight, *(node.kwargs[name] for name in nodes.GEOMETRY))
-    return [Choice("quantized_winograd", tile, ms, storage="int8" if tile == 1 else "int16") for tile, ms in found]
+    return [
+        Choice(f"quantized_{'winograd' if tile else 'direct'}", tile, ms, storage="int16" if tile > 1 else "int8")
+        for tile, ms in found
+    ]
 
 
 def is_worth_quantizing(node: fx.Node, precision: str) -> bool:
@@ -53,7 +56,9 @@ def is_worth_quantizing(node: fx.Node, precision: str) -> bool:
     if not quantized or exact.algorithm == "direct_conv":
         # Few channels on either side: the image is most of the work, and it is rounded first.
         return False
-    # What has no prediction waits for its weights.
+    if exact.algorithm == "torch" and not exact.predicted_ms:
+        return False
+    # What else has no prediction waits for its weights.
     return exact.algorithm != "winograd" or quantized[0].predicted_ms < exact.predicted_ms
 
 
