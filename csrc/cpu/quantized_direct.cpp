@@ -139,8 +139,8 @@ Call::Call(const ConvPlan& plan, const Tensor& weight, const ConvGeometry& g, co
     key.push_back(-1);
     key.insert(key.end(), taps_.back().kernel.begin(), taps_.back().kernel.end());
   }
-  weights_ = made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key,
-                     [&] { return packed(weight, g); });
+  weights_ =
+      made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key, [&] { return packed(weight, g); });
 }
 
 bool Call::meets_pixel(const Tap& tap) const {

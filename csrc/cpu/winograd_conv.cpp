@@ -272,7 +272,8 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
     const int64_t count = std::min(kPanelDepth, weights_.depth() - first);
     const float* const from = b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
     // So many slabs of weights, or so much of one, stay in the first-level cache while the tiles pass by: 32 KB.
-    const int64_t near = slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth, together = std::max<int64_t>(1, near / count);
+    const int64_t near = slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth,
+                  together = std::max<int64_t>(1, near / count);
     std::vector<int32_t> columns;
     for (int64_t v = 0; v < together * vectors; ++v) {
       columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
