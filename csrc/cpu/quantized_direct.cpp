@@ -88,8 +88,8 @@ class Call {
   // One thread's buffers.
   struct Buffers {
     std::vector<const uint8_t*> pixels;
-    std::vector<int32_t> sums, shifts;  // [phase, pixel, slab]
-    std::vector<float> planes, line;    // [kGroup, phase, pixel]
+    std::vector<int32_t> sums, shifts;   // [phase, pixel, slab]; [kGroup]
+    std::vector<float> planes, results;  // [kGroup, phase, pixel]; rows of y
     PlaneWriter writer;
   };
 
@@ -104,6 +104,7 @@ class Call {
 
   void add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const;
   void write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const;
+  void interleave(const float* from, int64_t lines, int64_t rows, float* to) const;
 
   const ConvPlan& plan_;
   const Quantization quantization_;
@@ -222,7 +223,7 @@ void Call::multiply(const PlanarResult& result) const {
               .sums = std::vector<int32_t>(phases_ * pixels * slab_),
               .shifts = std::vector<int32_t>(kGroup),
               .planes = std::vector<float>(kGroup * phases_ * pixels),
-              .line = std::vector<float>(plan_.w_out),
+              .results = std::vector<float>(plan_.out_stride > 1 ? lines_ * plan_.out_stride * plan_.w_out : 0),
               .writer = PlaneWriter(result)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slab = task / blocks, line = task % blocks * lines_, lines = std::min(lines_, all_lines - line);
@@ -268,27 +269,36 @@ void Call::add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) c
   }
 }
 
-// Channels [channel, channel + kGroup) of y from their planes.
+// Channels [channel, channel + kGroup) of y from their planes: all lines of a sample at once.
 void Call::write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const {
-  const int64_t pixels = lines_ * plan_.base_w, in_row = phases_ / std::min(plan_.out_stride, plan_.h_out);
+  const int64_t pixels = lines_ * plan_.base_w, stride = plan_.out_stride;
   for (int64_t o = 0; o < std::min(kGroup, plan_.c_out - channel); ++o) {
     const float* const planes = b.planes.data() + o * phases_ * pixels;
-    for (int64_t l = 0; l < lines; ++l) {
-      const int64_t sample = (line + l) / plan_.base_h, base = (line + l) % plan_.base_h;
-      for (int64_t first = 0; first < phases_; first += in_row) {
-        const int64_t row = base * plan_.out_stride + plan_.phases[first].row;
-        const float* from = planes + first * pixels + l * plan_.base_w;
-        if (row >= plan_.h_out) continue;
-        if (plan_.out_stride > 1) {
-          for (int64_t p = first; p < first + in_row; ++p, from += pixels) {
-            const Phase& phase = plan_.phases[p];
-            spread_row(from, plan_.out_stride, b.line.data() + phase.column, plan_.columns_of(phase));
-          }
-          from = b.line.data();
-        }
-        b.writer.write(sample, channel + o, row * plan_.w_out, plan_.w_out, from);
+    for (int64_t done = 0; done < lines;) {
+      const int64_t sample = (line + done) / plan_.base_h, base = (line + done) % plan_.base_h;
+      const int64_t count = std::min(lines - done, plan_.base_h - base), first = base * stride;
+      const int64_t rows = std::min(stride * (base + count), plan_.h_out) - first;
+      const float* from = planes + done * plan_.base_w;
+      if (stride > 1) {
+        interleave(from, count, rows, b.results.data());
+        from = b.results.data();
       }
+      b.writer.write(sample, channel + o, first * plan_.w_out, rows * plan_.w_out, from);
+      done += count;
     }
+  }
+}
+
+// Rows of y from `lines` lines of each phase.
+void Call::interleave(const float* from, int64_t lines, int64_t rows, float* to) const {
+  for (const Phase& phase : plan_.phases) {
+    for (int64_t l = 0; l < lines; ++l) {
+      const int64_t row = l * plan_.out_stride + phase.row;
+      if (row >= rows) continue;
+      spread_row(from + l * plan_.base_w, plan_.out_stride, to + row * plan_.w_out + phase.column,
+                 plan_.columns_of(phase));
+    }
+    from += lines_ * plan_.base_w;
   }
 }
 
