@@ -38,6 +38,7 @@ using Bytes = register_t<uint8_t, 16>;
 
 // Rows of 16 bytes become columns: four times, every other byte of two rows eight apart.
 FASTGAN_INLINE void transpose(Bytes (&rows)[kGroup]) {
+  FASTGAN_UNROLL
   for (int round = 0; round < 4; ++round) {
     Bytes next[kGroup];
     FASTGAN_UNROLL
