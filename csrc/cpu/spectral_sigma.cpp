@@ -14,6 +14,8 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "common.h"
 #include "weight_matrix.h"
@@ -29,6 +31,9 @@ constexpr int64_t kChunkElements = 65536;
 constexpr int64_t kMaxChunks = 64;
 // A slab of columns or a packed group of rows is read twice, the second time from L2; half of a small L2 (512 KB).
 constexpr int64_t kCacheBytes = 256 * 1024;
+// Rows that are added up in one sum, before it is added to the chunk's: of a matrix of few columns a chunk has so many
+// that one sum would lose a digit.
+constexpr int64_t kSumRows = 512;
 // Below this many elements in all, a fork and join costs more than a second thread saves.
 constexpr int64_t kSerialElements = 32768;
 
@@ -203,13 +208,19 @@ class Layer {
     std::fill(partial, partial + partial_size_, C(0));
     const std::unique_ptr<C[]> packed(matrix_.direct() ? nullptr : new C[slab_ * other_]);
     const int64_t end = std::min(extent_, (index + 1) * chunk_);
+    std::vector<C> sums(by_rows_ && chunk_ > kSumRows ? partial_size_ : 0);
+    int64_t summed = 0;
     for (int64_t begin = index * chunk_; begin < end; begin += slab_) {
       const int64_t stop = std::min(end, begin + slab_);
-      if (by_rows_) {
-        run_rows(begin, stop, partial, packed.get());
-      } else {
+      if (!by_rows_) {
         run_columns(begin, stop, partial, packed.get());
+        continue;
       }
+      run_rows(begin, stop, sums.empty() ? partial : sums.data(), packed.get());
+      summed += stop - begin;
+      if (sums.empty() || (summed < kSumRows && stop < end)) continue;
+      for (int64_t c = 0; c < partial_size_; ++c) partial[c] += std::exchange(sums[c], C(0));
+      summed = 0;
     }
   }
 

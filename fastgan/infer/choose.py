@@ -57,6 +57,7 @@ def is_worth_quantizing(node: fx.Node, precision: str) -> bool:
         # Few channels on either side: the image is most of the work, and it is rounded first.
         return False
     if exact.algorithm == "torch" and not exact.predicted_ms:
+        # A kernel that only products of bytes could serve, against a time that nobody knows.
         return False
     # What else has no prediction waits for its weights.
     return exact.algorithm != "winograd" or quantized[0].predicted_ms < exact.predicted_ms
