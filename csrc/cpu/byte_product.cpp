@@ -118,13 +118,9 @@ using Avx2 = Plain;
 FASTGAN_AVX2 void bytes_avx2(const ByteProducts& p) { any_bytes<Avx2, 32, 2>(p); }
 FASTGAN_AVX512 void bytes_avx512(const ByteProducts& p) { any_bytes<Plain, 64, 4>(p); }
 #if defined(FASTGAN_HAS_MADD) && !defined(FASTGAN_SANITIZE)
-__attribute__((target("arch=x86-64-v4,avx512vnni"))) void bytes_vnni(const ByteProducts& p) {
-  any_bytes<Vnni, 64, 4>(p);
-}
-bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+FASTGAN_VNNI void bytes_vnni(const ByteProducts& p) { any_bytes<Vnni, 64, 4>(p); }
 #else
 void bytes_vnni(const ByteProducts& p) { bytes_avx512(p); }
-bool has_vnni() { return false; }
 #endif
 
 auto choose() {
@@ -132,7 +128,6 @@ auto choose() {
   return has_avx2() ? bytes_avx2 : bytes_portable;
 }
 #else
-bool has_vnni() { return false; }
 auto choose() { return bytes_portable; }
 #endif
 

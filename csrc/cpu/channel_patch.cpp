@@ -63,15 +63,8 @@ FASTGAN_MULTIVERSION void gather_channels(const ChannelLine& l) {
 namespace {
 
 FASTGAN_MULTIVERSION void quantize_line(float* values, int64_t n, Quantization q) {
-  // What is added and taken off again leaves no room for a fraction.
-  constexpr float kRound = 3 << 22;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float scaled = values[i] * q.inverse;
-    const float above = scaled > q.low ? scaled : q.low;
-    const float within = above < q.high ? above : q.high;
-    values[i] = (within + kRound) - kRound;
-  }
+  for (int64_t i = 0; i < n; ++i) values[i] = q(values[i]);
 }
 
 }  // namespace

@@ -27,6 +27,15 @@ void gather_channels(const ChannelLine& line);
 struct Quantization {
   float inverse;  // of the step
   float low, high;
+
+  FASTGAN_INLINE float operator()(float value) const {
+    // What is added and taken off again leaves no room for a fraction.
+    constexpr float kRound = 3 << 22;
+    const float scaled = value * inverse;
+    const float above = scaled > low ? scaled : low;
+    const float within = above < high ? above : high;
+    return (within + kRound) - kRound;
+  }
 };
 
 class ChannelPatch {

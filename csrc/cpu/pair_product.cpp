@@ -164,14 +164,10 @@ using Avx2 = Plain;
 FASTGAN_AVX2 void pairs_avx2(const PairProducts& p) { any_pairs<Avx2, 32, 1>(p); }
 #if defined(FASTGAN_HAS_MADD) && !defined(FASTGAN_SANITIZE)
 FASTGAN_AVX512 void pairs_avx512(const PairProducts& p) { any_pairs<Avx512, 64, 2>(p); }
-__attribute__((target("arch=x86-64-v4,avx512vnni"))) void pairs_vnni(const PairProducts& p) {
-  any_pairs<Vnni, 64, 2>(p);
-}
-bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
+FASTGAN_VNNI void pairs_vnni(const PairProducts& p) { any_pairs<Vnni, 64, 2>(p); }
 #else
 FASTGAN_AVX512 void pairs_avx512(const PairProducts& p) { any_pairs<Plain, 64, 2>(p); }
 void pairs_vnni(const PairProducts& p) { pairs_avx512(p); }
-bool has_vnni() { return false; }
 #endif
 
 auto choose() {

@@ -25,14 +25,7 @@ constexpr int64_t kBlockPixels = 192;  // results of a phase that a slab's weigh
 constexpr int64_t kFloatBytes = sizeof(float);
 
 // What a value is rounded to, counted from the least one.
-FASTGAN_INLINE float rounded(float value, const Quantization& q) {
-  // What is added and taken off again leaves no room for a fraction (ChannelPatch::quantize).
-  constexpr float kRound = 3 << 22;
-  const float scaled = value * q.inverse;
-  const float above = scaled > q.low ? scaled : q.low;
-  const float within = above < q.high ? above : q.high;
-  return (within + kRound) - kRound - q.low;
-}
+FASTGAN_INLINE int32_t rounded(float value, const Quantization& q) { return static_cast<int32_t>(q(value) - q.low); }
 
 using Bytes = register_t<uint8_t, 16>;
 
@@ -77,7 +70,7 @@ FASTGAN_INLINE void round_block(const Line& l, int64_t first) {
     int32_t whole[kGroup];
 #pragma omp simd
     for (int64_t p = 0; p < kGroup; ++p) {
-      whole[p] = static_cast<int32_t>(rounded(l.scale[c] * from[p], l.quantization));
+      whole[p] = rounded(l.scale[c] * from[p], l.quantization);
     }
     rows[c] = __builtin_convertvector((load<register_t<int32_t, 64>>(whole)), Bytes);
   }
