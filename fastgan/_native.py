@@ -139,7 +139,7 @@ def cpu_library() -> ctypes.CDLL | None:
 # Those of a convolution, then those of the gradient of a weight; in both, "torch" is what is left to torch's own.
 # The quantized ones are for whole numbers, which only the inference engine asks for.
 ALGORITHMS = (
-    *("few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch"),
+    *("packed_direct", "few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch"),
     *("quantized_winograd", "quantized_direct"),
     *("unfolded_weight_grad", "dense_weight_grad", "direct_weight_grad", "winograd_weight_grad", "torch_weight_grad"),
 )

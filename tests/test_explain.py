@@ -17,7 +17,7 @@ from fastgan import ops
 from fastgan._native import algorithm_calls, winograd_tile_calls
 from fastgan.backends import Decision
 
-OURS = {"few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch"}
+OURS = {"packed_direct", "few_pixels", "unfolded_conv", "winograd", "direct_conv", "torch"}
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def test_high_precision_rules_out_the_tiles_of_four() -> None:
         precision: infer.optimize(model, (x,), precision=precision).report().rows[0] for precision in ("fp32", "high")
     }
     assert rows["fp32"].algorithm == "winograd m=4"
-    assert rows["high"].algorithm in ("winograd m=2", "torch")
+    assert rows["high"].algorithm in ("winograd m=2", "packed_direct")
 
 
 def test_report_names_layers_and_reasons() -> None:
@@ -330,7 +330,7 @@ def test_memory_is_planned_and_weights_can_be_dropped() -> None:
     # Two of the three images between the layers live at a time.
     assert memory.alive == 2 * image and memory.activations == memory.alive
     assert memory.weights == sum(4 * value.numel() for value in model.parameters())
-    assert memory.prepared > memory.weights
+    assert memory.prepared >= sum(4 * layer.weight.numel() for layer in model)
     assert memory.total == memory.weights + memory.prepared + memory.activations
     freed = fast.drop_weights()
     assert freed == sum(4 * layer.weight.numel() for layer in model)

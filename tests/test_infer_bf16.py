@@ -135,7 +135,7 @@ def test_storage_that_there_is_not() -> None:
         convolve(x, weight, "few_pixels", 0, "fp16")
 
 
-@pytest.mark.parametrize(("algorithm", "tile"), [("few_pixels", 0), ("winograd", 2)])
+@pytest.mark.parametrize(("algorithm", "tile"), [("packed_direct", 0), ("few_pixels", 0), ("winograd", 2)])
 def test_both_storages_of_one_weight_are_kept_apart_and_outlive_its_values(algorithm: str, tile: int) -> None:
     library = _native.cpu_library()
     x, weight = layer(1, 128, 128, (4, 4), 3)
@@ -144,7 +144,7 @@ def test_both_storages_of_one_weight_are_kept_apart_and_outlive_its_values(algor
     try:
         narrow = convolve(x, weight, algorithm, tile, "bf16", padding=1)
         of_narrow = library.fastgan_made_bytes(weight.data_ptr())
-        if algorithm == "few_pixels":
+        if algorithm != "winograd":
             assert of_narrow == weight.numel() * 2
         wide = convolve(x, weight, algorithm, tile, "fp32", padding=1)
         assert torch.equal(wide, convolve(x, values, algorithm, tile, "fp32", padding=1))
@@ -192,7 +192,7 @@ def test_picture_keeps_its_quality_and_the_report_says_it(
     assert not fast.kept
     text = str(fast.report())
     assert f"PSNR {fast.psnr['the example']:.1f} dB to the original on the example" in text
-    assert "few_pixels bf16" in text
+    assert "packed_direct bf16" in text
 
 
 def test_file_is_half_the_size_and_computes_the_same(
@@ -215,18 +215,18 @@ def test_memory_with_and_without_the_values(unet: tuple[UNet256, Tensor]) -> Non
     model, photo = unet
     wide, narrow = (infer.optimize(model, (photo,), precision=precision) for precision in ("fp32", "bf16"))
     picture, before = narrow(photo), narrow.memory()
-    # The layers of few pixels add half of their weights, where in float32 nothing is made of them.
-    few = sum(
+    # What is multiplied as it is needs half of its weights.
+    packed = sum(
         2 * narrow.program.constants[step.args[1].index].numel()
         for step in narrow.program.steps
-        if step.choice is not None and step.choice.algorithm == "few_pixels"
+        if step.choice is not None and step.choice.algorithm == "packed_direct"
     )
-    assert few > 0
+    assert packed > 0
     dropped = narrow.drop_weights()
     after = narrow.memory()
-    assert dropped >= 2 * few
+    assert dropped >= 2 * packed
     assert before.weights - after.weights == dropped
-    assert after.prepared == before.prepared >= few
+    assert after.prepared == before.prepared >= packed
     assert torch.equal(narrow(photo), picture)
     wide.drop_weights()
     assert after.total - after.activations < 0.8 * (wide.memory().total - wide.memory().activations)

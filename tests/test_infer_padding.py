@@ -51,8 +51,8 @@ def test_kernels_read_the_mirror_image(case: str, scaled: bool) -> None:
     want = F.conv2d(F.pad(wide, [pads] * 4, "reflect"), weight.double(), stride=stride, dilation=dilation)
     where = reflected(pads, stride, dilation)
     tiles = (2, 4) if of_weight[2:] == (3, 3) and stride == 1 else (2, 3)
-    winograd = [("winograd", tile) for tile in tiles]
-    for algorithm, tile in winograd if shape[1] > 8 else [("direct_conv", 0)]:
+    several = [("winograd", tile) for tile in tiles] if shape[1] > 8 else [("direct_conv", 0)]
+    for algorithm, tile in [*several, ("packed_direct", 0)]:
         out = torch.full_like(want, torch.nan, dtype=torch.float32)
         _into.scaled_conv2d_into(x, weight, in_scale, *NOTHING[1:], *where, algorithm, tile, "fp32", *PLAIN, out)
         assert max_error(out, want) < 1e-5, (algorithm, tile)

@@ -9,6 +9,7 @@
 namespace fastgan {
 
 enum class Algorithm {
+  kPackedDirect,
   kFewPixels,
   kUnfolded,
   kWinograd,

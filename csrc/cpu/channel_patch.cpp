@@ -12,17 +12,17 @@ using Quad = register_t<float, 16>;
 constexpr int64_t kQuad = 4;
 
 // Four channels of four pixels: rows of channels in, rows of pixels out.
-FASTGAN_INLINE void gather_block(const float* from, int64_t channel, const Quad& scale, float* to) {
+FASTGAN_INLINE void gather_block(const float* from, int64_t channel, const Quad& scale, float* to, int64_t to_pixel) {
   const Quad a = load<Quad>(from), b = load<Quad>(from + channel), c = load<Quad>(from + 2 * channel),
              d = load<Quad>(from + 3 * channel);
   FASTGAN_UNROLL
-  for (int p = 0; p < kQuad; ++p) store(Quad{a[p], b[p], c[p], d[p]} * scale, to + p * kGroup);
+  for (int p = 0; p < kQuad; ++p) store(Quad{a[p], b[p], c[p], d[p]} * scale, to + p * to_pixel);
 }
 
 FASTGAN_INLINE void gather_pixels(const ChannelLine& l, int64_t first, int64_t pixels, int64_t first_channel) {
   for (int64_t p = first; p < first + pixels; ++p) {
     for (int64_t c = first_channel; c < l.channels; ++c) {
-      l.to[p * kGroup + c] = l.scale[c] * l.from[c * l.channel + p * l.pixel];
+      l.to[p * l.to_pixel + c] = l.scale[c] * l.from[c * l.channel + p * l.pixel];
     }
   }
 }
@@ -36,7 +36,8 @@ FASTGAN_INLINE void gather_planes(const ChannelLine& l) {
       for (int64_t c = 0; c < l.channels; ++c) __builtin_prefetch(l.from + c * l.channel + at + l.ahead);
     }
     for (int64_t c = 0; c < whole; c += kQuad) {
-      gather_block(l.from + c * l.channel + at, l.channel, load<Quad>(l.scale + c), l.to + at * kGroup + c);
+      gather_block(l.from + c * l.channel + at, l.channel, load<Quad>(l.scale + c), l.to + at * l.to_pixel + c,
+                   l.to_pixel);
     }
   }
   if (whole < l.channels) gather_pixels(l, 0, l.pixels, whole);
@@ -45,7 +46,7 @@ FASTGAN_INLINE void gather_planes(const ChannelLine& l) {
 FASTGAN_INLINE void copy_pixels(const ChannelLine& l) {
   for (int64_t p = 0; p < l.pixels; ++p) {
 #pragma omp simd
-    for (int64_t c = 0; c < kGroup; ++c) l.to[p * kGroup + c] = l.scale[c] * l.from[p * l.pixel + c];
+    for (int64_t c = 0; c < kGroup; ++c) l.to[p * l.to_pixel + c] = l.scale[c] * l.from[p * l.pixel + c];
   }
 }
 
@@ -53,7 +54,7 @@ FASTGAN_INLINE void copy_pixels(const ChannelLine& l) {
 
 FASTGAN_MULTIVERSION void gather_channels(const ChannelLine& l) {
   if (l.channels < kGroup) {
-    for (int64_t p = 0; p < l.pixels; ++p) std::fill(l.to + p * kGroup + l.channels, l.to + (p + 1) * kGroup, 0.0f);
+    for (int64_t p = 0; p < l.pixels; ++p) std::fill_n(l.to + p * l.to_pixel + l.channels, kGroup - l.channels, 0.0f);
   }
   if (l.channel == 1 && l.channels == kGroup) return copy_pixels(l);
   if (l.pixel == 1 && l.pixels >= kQuad) return gather_planes(l);

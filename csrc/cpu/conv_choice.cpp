@@ -7,6 +7,7 @@
 #include "direct_conv.h"
 #include "few_pixels.h"
 #include "kept_weights.h"
+#include "packed_direct.h"
 #include "unfolded_conv.h"
 #include "winograd_conv.h"
 
@@ -36,12 +37,14 @@ std::string verdict(const Candidate& candidate) {
   return text.empty() ? "taken wherever it can serve, by measured bounds" : text;
 }
 
-constexpr std::array kConvolutions{Algorithm::kFewPixels, Algorithm::kUnfolded, Algorithm::kWinograd,
-                                   Algorithm::kDirect, Algorithm::kTorch};
+constexpr std::array kConvolutions{Algorithm::kPackedDirect, Algorithm::kFewPixels, Algorithm::kUnfolded,
+                                   Algorithm::kWinograd,     Algorithm::kDirect,    Algorithm::kTorch};
 
 // Why an algorithm cannot compute a float32 call, or would only be slow at it.
 Refusal refusal_of(Algorithm algorithm, const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   switch (algorithm) {
+    case Algorithm::kPackedDirect:
+      return refused_by_packed_direct(x, weight, g);
     case Algorithm::kFewPixels:
       return refused_by_few_pixels(x, weight, g);
     case Algorithm::kUnfolded:
@@ -53,6 +56,16 @@ Refusal refusal_of(Algorithm algorithm, const Tensor& x, const Tensor& weight, c
     default:
       return g.reflect ? Refusal{"it pads with zeros"} : Refusal{};
   }
+}
+
+// Why it would not pay to pack a weight.
+Refusal refuse_packing(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (x.scalar_type() != ScalarType::Float) return {"it takes float32"};
+  if (keeping_of(static_cast<const float*>(weight.data_ptr())) != Keeping::kFrozen) {
+    return {"it takes weights that an inference engine owns"};
+  }
+  if (!refused_by_direct_conv(x, weight, g)) return {"direct_conv serves so few channels"};
+  return refused_by_packed_direct(x, weight, g);
 }
 
 }  // namespace
@@ -83,6 +96,14 @@ ConvChoice choose_convolution(const Tensor& x, const Tensor& weight, const std::
     if (told) told->push_back({.algorithm = algorithm, .refusal = refusal});
     return !refusal;
   };
+  const Refusal packed = refuse_packing(x, weight, g);
+  if (!packed) {
+    const double ms = packed_direct_ms(x, weight, g);
+    if (told) told->push_back({.algorithm = Algorithm::kPackedDirect, .predicted_ms = ms});
+    const int64_t tile = winograd_tile(x, weight, g, high, ms, told);
+    return {tile ? Algorithm::kWinograd : Algorithm::kPackedDirect, tile};
+  }
+  takes(Algorithm::kPackedDirect, packed);
   if (takes(Algorithm::kFewPixels, refused_by_few_pixels(x, weight, g))) {
     // Of a bias that does not fit, torch says what is wrong.
     return {is_plain_convolution(x, weight, bias, g) ? Algorithm::kFewPixels : Algorithm::kTorch};

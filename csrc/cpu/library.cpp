@@ -11,18 +11,12 @@ namespace fastgan {
 namespace {
 
 // In the order of Algorithm.
-constexpr std::array<std::string_view, 12> kAlgorithms{"few_pixels",
-                                                       "unfolded_conv",
-                                                       "winograd",
-                                                       "direct_conv",
-                                                       "torch",
-                                                       "quantized_winograd",
-                                                       "quantized_direct",
-                                                       "unfolded_weight_grad",
-                                                       "dense_weight_grad",
-                                                       "direct_weight_grad",
-                                                       "winograd_weight_grad",
-                                                       "torch_weight_grad"};
+constexpr std::array<std::string_view, 13> kAlgorithms{
+    "packed_direct",      "few_pixels",         "unfolded_conv",
+    "winograd",           "direct_conv",        "torch",
+    "quantized_winograd", "quantized_direct",   "unfolded_weight_grad",
+    "dense_weight_grad",  "direct_weight_grad", "winograd_weight_grad",
+    "torch_weight_grad"};
 static_assert(kAlgorithms.size() == static_cast<size_t>(Algorithm::kTorchWeightGrad) + 1);
 std::array<std::atomic<int64_t>, kAlgorithms.size()> calls_of;
 

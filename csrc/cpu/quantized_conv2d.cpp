@@ -11,7 +11,7 @@
 #include "conv_choice.h"
 #include "empty.h"
 #include "epilogue.h"
-#include "quantized_direct.h"
+#include "packed_direct.h"
 #include "winograd.h"
 #include "winograd_conv.h"
 #include "winograd_plan.h"

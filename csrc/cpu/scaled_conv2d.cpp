@@ -18,6 +18,7 @@
 #include "epilogue.h"
 #include "few_pixels.h"
 #include "image.h"
+#include "packed_direct.h"
 #include "unfolded_conv.h"
 #include "winograd_conv.h"
 
@@ -97,7 +98,9 @@ void fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& wei
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
   const PlanarResult result(dense, y, saved);
-  if (choice.algorithm == Algorithm::kUnfolded) {
+  if (choice.algorithm == Algorithm::kPackedDirect) {
+    packed_direct_conv(x, weight, in_scale, g, storage, result);
+  } else if (choice.algorithm == Algorithm::kUnfolded) {
     unfolded_conv(x, weight, in_scale, g, result);
   } else if (choice.algorithm == Algorithm::kWinograd) {
     winograd_conv(x, weight, in_scale, g, choice.tile, storage, result);
@@ -164,7 +167,8 @@ Storage parse_storage(const std::string& name) {
 }
 
 // scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`. `storage` is that of what few
-// pixels and Winograd's tiles are multiplied with; the other algorithms read the weight as it is.
+// pixels, Winograd's tiles and packed weights' pixels are multiplied with; the other algorithms read the weight as it
+// is.
 void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,

@@ -47,7 +47,7 @@ void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const std::o
                              const PlanarResult& result);
 
 // What computes such a convolution: tiles of 1 to 3 by quantized_winograd_conv, 0 by quantized_direct_conv
-// (quantized_direct.h). Why it cannot.
+// (packed_direct.h). Why it cannot.
 Refusal refused_by_quantized(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m);
 
 // The tiles that can serve it, the one that should first, with their predicted times.

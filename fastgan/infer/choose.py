@@ -66,7 +66,7 @@ def is_worth_quantizing(node: fx.Node, precision: str) -> bool:
 def _storage(choice: Choice, of_weight: str, values: int) -> str:
     """How what an algorithm makes of a weight is stored. Not Winograd's tiles of 4: what is transformed back amplifies
     their weights' rounding, which takes 10 dB of a CycleGAN's picture (tiles of 2 and 3: 4 dB of a U-Net's)."""
-    narrow = choice.algorithm == "few_pixels" or (
+    narrow = choice.algorithm in ("packed_direct", "few_pixels") or (
         choice.algorithm == "winograd" and choice.tile < 4 and values >= _MANY
     )
     return of_weight if narrow else "fp32"

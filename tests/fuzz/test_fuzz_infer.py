@@ -34,7 +34,7 @@ def computed_by(*algorithms: str) -> Iterator[set[str]]:
 
 
 def test_small_generators() -> None:
-    with computed_by("few_pixels", "unfolded_conv", "direct_conv", "torch") as found:
+    with computed_by("packed_direct", "direct_conv", "torch") as found:
 
         @share(32)
         @given(SMALL)
@@ -48,11 +48,12 @@ def test_small_generators() -> None:
 
 
 def test_large_generators() -> None:
-    with computed_by("few_pixels", "unfolded_conv", "winograd", "direct_conv") as found:
+    with computed_by("packed_direct", "winograd", "direct_conv") as found:
 
         @share(8)
         @given(LARGE)
         @example(GeneratorCase(inputs=((1, 64, 24, 24),), steps=(conv(0, 67), conv(1, 64)), outputs=(2,)))
+        @example(GeneratorCase(inputs=((1, 64, 48, 48),), steps=(conv(0, 64),), outputs=(1,)))
         @example(GeneratorCase(inputs=((2, 3, 20, 24),), steps=(conv(0, 20),), outputs=(1,)))
         @example(GeneratorCase(inputs=((1, 64, 8, 8),), steps=(conv(0, 130),), outputs=(1,)))
         @example(GeneratorCase(inputs=((1, 96, 4, 4),), steps=(conv(0, 64),), outputs=(1,)))

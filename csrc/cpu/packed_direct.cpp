@@ -1,0 +1,441 @@
+// The image is laid out once, by all threads, with all channels of a pixel side by side and the padding around. Then
+// tasks of some lines of results and a slab of output channels add up their products, tap by tap, each chunk of weights
+// in the first-level cache while the pixels pass by. Taps that meet only padding are not read. Tasks depend on the
+// shapes and the number of threads, the order of a sum on the shapes alone.
+//
+// Bytes of the image are counted from the least value on. That adds the same to every result of a channel, taken off at
+// the end.
+
+#include "packed_direct.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "bf16.h"
+#include "conv_plan.h"
+#include "kept_weights.h"
+#include "large_buffer.h"
+#include "simd.h"
+#include "winograd_weights.h"
+#include "word_image.h"
+#include "word_product.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int64_t kLineBytes = 64;     // of a cache line
+constexpr int64_t kBlockPixels = 192;  // results of a phase that a slab's weights are read for
+
+// A word (word_product.h): what values of the image are, how many there are in one, and what a weight of float or int8
+// is stored as.
+template <typename Word>
+struct Form;
+template <>
+struct Form<float> {
+  using Value = float;
+  using Source = float;
+  static constexpr int64_t kPerWord = 1;
+};
+template <>
+struct Form<int32_t> {
+  using Value = uint8_t;
+  using Source = int8_t;
+  static constexpr int64_t kPerWord = 4;
+};
+
+// to[c * to_stride + p] = from[p * stride + c] + shift[c] for kGroup channels c; without shifts, + 0.
+template <typename Word>
+FASTGAN_INLINE void spread_planes(const Word* from, int64_t stride, int64_t pixels, const Word* shift, float* to,
+                                  int64_t to_stride) {
+  using Quad = register_t<Word, 16>;
+  using Floats = register_t<float, 16>;
+  constexpr int64_t kQuad = 4;
+  if (pixels < kQuad) {
+    for (int64_t c = 0; c < kGroup; ++c) {
+      const Word plus = shift ? shift[c] : 0;
+      for (int64_t p = 0; p < pixels; ++p) to[c * to_stride + p] = static_cast<float>(from[p * stride + c] + plus);
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; p += kQuad) {
+    const int64_t at = std::min(p, pixels - kQuad);  // the last step overlaps the one before
+    for (int64_t channel = 0; channel < kGroup; channel += kQuad) {
+      const Word* const corner = from + at * stride + channel;
+      const Quad plus = shift ? load<Quad>(shift + channel) : Quad{};
+      const Quad a = load<Quad>(corner) + plus, b = load<Quad>(corner + stride) + plus,
+                 c = load<Quad>(corner + 2 * stride) + plus, d = load<Quad>(corner + 3 * stride) + plus;
+      FASTGAN_UNROLL
+      for (int i = 0; i < kQuad; ++i) {
+        store(__builtin_convertvector((Quad{a[i], b[i], c[i], d[i]}), Floats), to + (channel + i) * to_stride + at);
+      }
+    }
+  }
+}
+FASTGAN_MULTIVERSION void planes_of(const float* from, int64_t stride, int64_t pixels, const float*, float* to,
+                                    int64_t to_stride) {
+  spread_planes<float>(from, stride, pixels, nullptr, to, to_stride);
+}
+FASTGAN_MULTIVERSION void planes_of(const int32_t* from, int64_t stride, int64_t pixels, const int32_t* shift,
+                                    float* to, int64_t to_stride) {
+  spread_planes<int32_t>(from, stride, pixels, shift, to, to_stride);
+}
+
+template <typename Word>
+class Call {
+ public:
+  Call(const ConvPlan& plan, const Tensor& weight, const ConvGeometry& g, Storage storage,
+       const Quantization& quantization);
+
+  void load(const ScaledImage& x) { image_.load(x, quantization_); }
+  void multiply(const PlanarResult& result) const;
+
+ private:
+  using Value = typename Form<Word>::Value;
+  using Source = typename Form<Word>::Source;
+  static constexpr int64_t kPerWord = Form<Word>::kPerWord;
+  static constexpr bool kBytes = std::is_same_v<Word, int32_t>;
+
+  // Weights that are in the first-level cache together: words of some taps.
+  struct Chunk {
+    std::vector<int32_t> taps;  // where their first word lies from a pixel on
+    int64_t words;              // of each tap
+    int64_t first;              // word of the phase
+  };
+  // Of a phase: only taps that meet some pixel of x.
+  struct PhaseTaps {
+    std::vector<int64_t> kernel;  // their places in a kernel
+    std::vector<Chunk> chunks;
+    int64_t first;  // word of the slab
+  };
+  // One thread's buffers.
+  struct Buffers {
+    std::vector<const Word*> pixels;
+    std::vector<Word> sums;              // [phase, pixel, slab]
+    std::vector<int32_t> shifts;         // [kGroup]
+    std::vector<float> planes, results;  // [kGroup, phase, pixel]; rows of y
+    PlaneWriter writer;
+  };
+
+  bool meets_pixel(const Tap& tap) const;
+  PhaseTaps taps_of(const Phase& phase, int64_t first) const;
+  LargeBuffer packed(const Tensor& weight, const ConvGeometry& g) const;
+  void pack_slab(const Source* from, int64_t row, int64_t channel, int64_t slab, const LargeBuffer& to) const;
+  int64_t word_bytes() const { return storage_ == Storage::kBfloat16 ? sizeof(BFloat16) : sizeof(Word); }
+  int64_t weight_bytes() const { return slabs_ * words_of_slab_ * slab_ * word_bytes(); }
+  // Of bytes: sums of the weights, [phase, slabs * slab], behind the weights.
+  int32_t* weight_sums(const LargeBuffer& packed) const {
+    return reinterpret_cast<int32_t*>(reinterpret_cast<char*>(packed.get()) + weight_bytes());
+  }
+
+  void add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const;
+  void multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels, Word* sums, const Buffers& b) const;
+  void write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const;
+  void interleave(const float* from, int64_t lines, int64_t rows, float* to) const;
+
+  const ConvPlan& plan_;
+  const Storage storage_;
+  const Quantization quantization_;
+  const int64_t phases_;
+  WordImage<Value> image_;
+  const int64_t words_, slab_, slabs_;  // words of a tap
+  const int64_t lines_;                 // of results, per task
+  int64_t words_of_slab_ = 0;
+  std::vector<PhaseTaps> taps_;
+  std::shared_ptr<const LargeBuffer> weights_;  // [slabs, words of all phases, slab]
+};
+
+template <typename Word>
+Call<Word>::Call(const ConvPlan& plan, const Tensor& weight, const ConvGeometry& g, Storage storage,
+                 const Quantization& quantization)
+    : plan_(plan),
+      storage_(storage),
+      quantization_(quantization),
+      phases_(static_cast<int64_t>(plan.phases.size())),
+      image_(plan),
+      words_(image_.depth() / kPerWord),
+      slab_(slab_size(plan.c_out, storage)),
+      slabs_(ceil_div(plan.c_out, slab_)),
+      lines_([&] {
+        const int64_t all = plan.n * plan.base_h, shares = ceil_div(torch::stable::get_num_threads(), slabs_);
+        return std::clamp<int64_t>(kBlockPixels / plan.base_w, 1, ceil_div(all, shares));
+      }()) {
+  // Below 0: what Winograd's filtering makes of a weight has its tile there.
+  std::vector<int64_t> key{
+      -1, static_cast<int64_t>(storage), g.transposed, g.stride[0], weight.size(0), weight.size(1)};
+  for (const Phase& phase : plan.phases) {
+    taps_.push_back(taps_of(phase, words_of_slab_));
+    words_of_slab_ += words_ * static_cast<int64_t>(taps_.back().kernel.size());
+    key.push_back(-1);
+    key.insert(key.end(), taps_.back().kernel.begin(), taps_.back().kernel.end());
+  }
+  weights_ =
+      made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key, [&] { return packed(weight, g); });
+}
+
+template <typename Word>
+bool Call<Word>::meets_pixel(const Tap& tap) const {
+  const Sampling& in = plan_.input;
+  const auto meets = [&](int64_t results, int64_t shift, int64_t place, int64_t size) {
+    const int64_t first = in.stride * shift + place, last = first + in.stride * (results - 1);
+    return last >= 0 && first < size;
+  };
+  return in.reflect || (meets(plan_.base_h, tap.dy, tap.plane / in.stride, in.h_in) &&
+                        meets(plan_.base_w, tap.dx, tap.plane % in.stride, in.w_in));
+}
+
+template <typename Word>
+typename Call<Word>::PhaseTaps Call<Word>::taps_of(const Phase& phase, int64_t first) const {
+  PhaseTaps found{.kernel = {}, .chunks = {}, .first = first};
+  // Of weights that stay in the first-level cache, which processors with wider registers have larger.
+  const int64_t near_bytes = 2048 * product_lanes();
+  const int64_t near = near_bytes / (slab_ * word_bytes()), together = std::max<int64_t>(1, near / words_);
+  for (const Tap& tap : phase.taps) {
+    if (!meets_pixel(tap)) continue;
+    const int64_t at = image_.offset(tap) / kPerWord, words = words_ * static_cast<int64_t>(found.kernel.size());
+    for (int64_t k = 0; k < words_; k += near) {
+      if (words_ > near || found.kernel.size() % together == 0) {
+        found.chunks.push_back({.taps = {}, .words = std::min(near, words_ - k), .first = words + k});
+      }
+      found.chunks.back().taps.push_back(static_cast<int32_t>(at + k));
+    }
+    found.kernel.push_back(tap.weight);
+  }
+  return found;
+}
+
+template <typename Word>
+LargeBuffer Call<Word>::packed(const Tensor& weight, const ConvGeometry& g) const {
+  const auto* const from = static_cast<const Source*>(weight.data_ptr());
+  const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
+  LargeBuffer result(weight_bytes() / sizeof(float) + (kBytes ? phases_ * slabs_ * slab_ : 0), true);
+  torch::stable::parallel_for(0, slabs_, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slab = begin; slab < end; ++slab) pack_slab(from, row, channel, slab, result);
+  });
+  return result;
+}
+
+// Some input channels at a time, so that what is written for one output channel is still there for the next.
+template <typename Word>
+void Call<Word>::pack_slab(const Source* from, int64_t row, int64_t channel, int64_t slab,
+                           const LargeBuffer& to) const {
+  const int64_t first = slab * words_of_slab_ * slab_, rows = std::min(slab_, plan_.c_out - slab * slab_);
+  const auto each_weight = [&](const auto& f) {
+    for (int64_t p = 0; p < phases_; ++p) {
+      for (int64_t block = 0; block < plan_.c_in; block += kGroup) {
+        for (int64_t o = 0; o < rows; ++o) {
+          for (int64_t c = block; c < std::min(block + kGroup, plan_.c_in); ++c) {
+            const Source* const kernel = from + (slab * slab_ + o) * row + c * channel;
+            int64_t word = first + (taps_[p].first + c / kPerWord) * slab_;
+            for (const int64_t tap : taps_[p].kernel) {
+              f(p, o, c, word, kernel[tap]);
+              word += words_ * slab_;
+            }
+          }
+        }
+      }
+    }
+  };
+  if constexpr (kBytes) {
+    auto* const values = reinterpret_cast<int8_t*>(to.get());
+    std::fill_n(values + first * kPerWord, words_of_slab_ * slab_ * kPerWord, int8_t{0});
+    int32_t* const sums = weight_sums(to) + slab * slab_;
+    for (int64_t p = 0; p < phases_; ++p) std::fill_n(sums + p * slabs_ * slab_, slab_, 0);
+    each_weight([&](int64_t p, int64_t o, int64_t c, int64_t word, int8_t value) {
+      values[(word + o) * kPerWord + c % kPerWord] = value;
+      sums[p * slabs_ * slab_ + o] += value;
+    });
+  } else if (storage_ == Storage::kBfloat16) {
+    BFloat16* const values = bf16_of(to);
+    std::fill_n(values + first, words_of_slab_ * slab_, BFloat16(0.0f));
+    each_weight([&](int64_t, int64_t o, int64_t, int64_t word, float value) {
+      values[word + paired(o, product_lanes())] = BFloat16(value);
+    });
+  } else {
+    std::fill_n(to.get() + first, words_of_slab_ * slab_, 0.0f);
+    each_weight([&](int64_t, int64_t o, int64_t, int64_t word, float value) { to.get()[word + o] = value; });
+  }
+}
+
+template <typename Word>
+void Call<Word>::multiply(const PlanarResult& result) const {
+  const int64_t all_lines = plan_.n * plan_.base_h, blocks = ceil_div(all_lines, lines_);
+  torch::stable::parallel_for(0, slabs_ * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t pixels = lines_ * plan_.base_w;
+    Buffers b{.pixels = std::vector<const Word*>(pixels),
+              .sums = std::vector<Word>(phases_ * pixels * slab_),
+              .shifts = std::vector<int32_t>(kGroup),
+              .planes = std::vector<float>(kGroup * phases_ * pixels),
+              .results = std::vector<float>(plan_.out_stride > 1 ? lines_ * plan_.out_stride * plan_.w_out : 0),
+              .writer = PlaneWriter(result)};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slab = task / blocks, line = task % blocks * lines_, lines = std::min(lines_, all_lines - line);
+      add_products(line, lines, slab, b);
+      for (int64_t c = 0; c < slab_ && slab * slab_ + c < plan_.c_out; c += kGroup) {
+        for (int64_t p = 0; p < phases_; ++p) {
+          const Word* shifts = nullptr;
+          if constexpr (kBytes) {
+            const int32_t* const sums = weight_sums(*weights_) + (p * slabs_ + slab) * slab_ + c;
+            for (int64_t i = 0; i < kGroup; ++i) b.shifts[i] = static_cast<int32_t>(quantization_.low) * sums[i];
+            shifts = b.shifts.data();
+          }
+          planes_of(b.sums.data() + p * pixels * slab_ + c, slab_, lines * plan_.base_w, shifts,
+                    b.planes.data() + p * pixels, phases_ * pixels);
+        }
+        write(line, lines, slab * slab_ + c, b);
+      }
+    }
+  });
+}
+
+template <typename Word>
+void Call<Word>::add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const {
+  const int64_t pixels = lines * plan_.base_w;
+  for (int64_t i = 0; i < pixels; ++i) {
+    const Value* const start = image_.line(line + i / plan_.base_w) + i % plan_.base_w * image_.step();
+    b.pixels[i] = reinterpret_cast<const Word*>(start);
+  }
+  Word* sums = b.sums.data();
+  for (const PhaseTaps& phase : taps_) {
+    if (phase.chunks.empty()) std::fill_n(sums, pixels * slab_, Word{0});
+    for (const Chunk& chunk : phase.chunks) {
+      multiply_chunk(chunk, slab * words_of_slab_ + phase.first + chunk.first, pixels, sums, b);
+    }
+    sums += lines_ * plan_.base_w * slab_;
+  }
+}
+
+// Adds the products of a chunk, whose weights lie from `word` on. Meanwhile the next chunk is fetched from memory, by
+// the first panels of pixels, as evenly as they can.
+template <typename Word>
+void Call<Word>::multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels, Word* sums, const Buffers& b) const {
+  const int64_t steps = static_cast<int64_t>(chunk.taps.size()) * chunk.words, step_bytes = slab_ * word_bytes();
+  const auto* const weights = reinterpret_cast<const char*>(weights_->get()) + word * step_bytes;
+  const bool last = word + 2 * steps > slabs_ * words_of_slab_, narrow = storage_ == Storage::kBfloat16;
+  const int64_t lines = last ? 0 : ceil_div(step_bytes, kLineBytes), panels = ceil_div(pixels, kPanelRows);
+  const int64_t of_step = panels >= lines ? 1 : 2 * panels >= lines ? 2 : 4;
+  int64_t fetched = 0;
+  for (int64_t i = 0; i < pixels; i += kPanelRows, fetched += of_step) {
+    word_products(WordProducts<Word>{.pixels = b.pixels.data() + i,
+                                     .rows = std::min(kPanelRows, pixels - i),
+                                     .taps = chunk.taps.data(),
+                                     .tap_count = static_cast<int64_t>(chunk.taps.size()),
+                                     .words = chunk.words,
+                                     .weights = reinterpret_cast<const Word*>(weights),
+                                     .narrow_weights = narrow ? reinterpret_cast<const BFloat16*>(weights) : nullptr,
+                                     .vectors = slab_ / product_lanes(),
+                                     .sums = sums + i * slab_,
+                                     .sums_stride = slab_,
+                                     .overwrite = chunk.first == 0,
+                                     .next = weights + steps * (step_bytes + fetched * kLineBytes),
+                                     .next_lines = fetched < lines ? of_step : 0});
+  }
+}
+
+// Channels [channel, channel + kGroup) of y from their planes: all lines of a sample at once.
+template <typename Word>
+void Call<Word>::write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const {
+  const int64_t pixels = lines_ * plan_.base_w, stride = plan_.out_stride;
+  for (int64_t o = 0; o < std::min(kGroup, plan_.c_out - channel); ++o) {
+    const float* const planes = b.planes.data() + o * phases_ * pixels;
+    for (int64_t done = 0; done < lines;) {
+      const int64_t sample = (line + done) / plan_.base_h, base = (line + done) % plan_.base_h;
+      const int64_t count = std::min(lines - done, plan_.base_h - base), first = base * stride;
+      const int64_t rows = std::min(stride * (base + count), plan_.h_out) - first;
+      const float* from = planes + done * plan_.base_w;
+      if (stride > 1) {
+        interleave(from, count, rows, b.results.data());
+        from = b.results.data();
+      }
+      b.writer.write(sample, channel + o, first * plan_.w_out, rows * plan_.w_out, from);
+      done += count;
+    }
+  }
+}
+
+// Rows of y from `lines` lines of each phase.
+template <typename Word>
+void Call<Word>::interleave(const float* from, int64_t lines, int64_t rows, float* to) const {
+  for (const Phase& phase : plan_.phases) {
+    for (int64_t l = 0; l < lines; ++l) {
+      const int64_t row = l * plan_.out_stride + phase.row;
+      if (row >= rows) continue;
+      spread_row(from + l * plan_.base_w, plan_.out_stride, to + row * plan_.w_out + phase.column,
+                 plan_.columns_of(phase));
+    }
+    from += lines_ * plan_.base_w;
+  }
+}
+
+template <typename Word>
+void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+              Storage storage, const Quantization& quantization, const PlanarResult& result) {
+  const ConvPlan plan(x, weight, g);
+  Call<Word> call(plan, weight, g, storage, quantization);
+  call.load(ScaledImage(x, in_scale));
+  call.multiply(result);
+}
+
+// Offsets within an image are 32 bits wide; the padding is not counted.
+Refusal refuse_large(const Tensor& x, int64_t value_bytes) {
+  const int64_t bytes = round_up(x.size(1), kGroup) * x.size(2) * x.size(3) * value_bytes;
+  if (bytes > INT32_MAX / 8) return {"it takes images of at most # bytes, got #", INT32_MAX / 8, bytes};
+  return {};
+}
+
+}  // namespace
+
+Refusal refused_by_packed_direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
+  if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
+  if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return {"transposed, it takes no dilation"};
+  return refuse_large(x, sizeof(float));
+}
+
+Refusal refused_by_quantized_direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (g.dilation[0] != 1 || g.dilation[1] != 1)
+    return {"it takes dilation = 1, got # and #", g.dilation[0], g.dilation[1]};
+  const int64_t products = weight.size(g.transposed ? 0 : 1) * weight.size(2) * weight.size(3);
+  const int64_t most = INT32_MAX / (int64_t{255} * 128);
+  if (products > most) return {"its sums of # products might not fit 32 bits: it takes #", products, most};
+  return refuse_large(x, 1);
+}
+
+double packed_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  // Nanoseconds, fitted to the layers of the models on an Ice Lake with two threads and registers of either width: of a
+  // product; what more it takes of each pixel that is loaded for one register, and of each tap that is turned to; of a
+  // weight that comes from memory, a value of the image, a result, a call.
+  constexpr double kProduct = 0.0075, kPixel = 0.0145, kTap = 12, kWeight = 0.12, kValue = 0.25, kSum = 0.5,
+                   kCall = 25e3;
+  const ConvPlan plan(x, weight, g);
+  const auto vectors = static_cast<double>(slab_size(plan.c_out, Storage::kFloat) / product_lanes());
+  const double product = (kProduct + kPixel / vectors) * (1 + kTap / static_cast<double>(plan.c_in));
+  const double pixels = static_cast<double>(plan.n) * plan.base_h * plan.base_w;
+  const double results = static_cast<double>(plan.n) * plan.c_out * plan.h_out * plan.w_out;
+  return 1e-6 * ((product * pixels + kWeight) * static_cast<double>(weight.numel()) +
+                 kValue * static_cast<double>(x.numel()) + kSum * results + kCall);
+}
+
+double quantized_direct_cost(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  // Of a product, of a value that is rounded, of a sum that is written, of a weight that is read: on an Ice Lake with
+  // two threads, in units of what its float products cost there. Without VNNI, so much that Winograd's tiles win.
+  const double product = has_byte_products() ? 0.2 : 4;
+  constexpr double kValue = 30, kSum = 40, kWeight = 2;
+  const ConvPlan plan(x, weight, g);
+  const double results = static_cast<double>(plan.n) * plan.base_h * plan.base_w;
+  return product * results * static_cast<double>(weight.numel()) + kValue * static_cast<double>(x.numel()) +
+         kSum * static_cast<double>(plan.n) * plan.c_out * plan.h_out * plan.w_out +
+         kWeight * static_cast<double>(weight.numel());
+}
+
+void packed_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
+                        const ConvGeometry& g, Storage storage, const PlanarResult& result) {
+  convolve<float>(x, weight, in_scale, g, storage, {}, result);
+}
+
+void quantized_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
+                           const ConvGeometry& g, const Quantization& quantization, const PlanarResult& result) {
+  convolve<int32_t>(x, weight, in_scale, g, Storage::kInt8, quantization, result);
+}
+
+}  // namespace fastgan
