@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kMostOutputs = 8, kLeastInputs = 9;
 constexpr int64_t kMostRows = 512;  // products of one line that stay in the second-level cache
-constexpr int64_t kTaskLines = 16;  // of y: few are reached by lines that other tasks read too
+// Of y, at least, and tasks of a thread, about: few lines are reached by lines that other tasks read too.
+constexpr int64_t kTaskLines = 16, kTasks = 4;
 constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
 constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int64_t kAhead = 4;  // channels: what memory takes to answer; their pages are apart
@@ -59,7 +60,7 @@ FASTGAN_MULTIVERSION void fill_slabs(const SlabLine& l) {
     const int64_t count = std::min(l.slab, l.pixels - first);
     const float scale = l.scale;
     if (l.pixel == 1) {
-      __builtin_prefetch(from + l.ahead);
+      for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + l.ahead + i);
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) to[i] = scale * from[i];
     } else {
@@ -145,7 +146,9 @@ void Call::pack(const Tensor& weight, bool transposed) {
 }
 
 void Call::run(const ScaledImage& x, const PlanarResult& result) const {
-  const int64_t per_sample = ceil_div(y_.out, kTaskLines), lines = ceil_div(y_.out, per_sample);
+  const int64_t tasks = kTasks * torch::stable::get_num_threads();
+  const int64_t most_lines = std::max(kTaskLines, ceil_div(n_ * y_.out, tasks));
+  const int64_t per_sample = ceil_div(y_.out, most_lines), lines = ceil_div(y_.out, per_sample);
   torch::stable::parallel_for(0, n_ * per_sample, 1, [&](int64_t begin, int64_t end) {
     Buffers b{LargeBuffer(slabs_ * slab_step_), LargeBuffer(rows_ * row_stride_),
               std::vector<float>(open_ * line_sums()), std::vector<float>(x_.out), PlaneWriter(result)};
