@@ -376,6 +376,23 @@ void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   call.multiply(result);
 }
 
+// Nanoseconds, fitted to the layers of the models on an Ice Lake with two threads: of a product; what more it takes of
+// each pixel that is loaded for one register, and of each tap that is turned to; of a weight that comes from memory, a
+// value of the image, a result, a call.
+struct Costs {
+  double product, pixel, tap, weight, value, result, call;
+};
+
+double ms_of(const Costs& costs, const Tensor& x, const Tensor& weight, const ConvGeometry& g, Storage storage) {
+  const ConvPlan plan(x, weight, g);
+  const auto vectors = static_cast<double>(slab_size(plan.c_out, storage) / product_lanes());
+  const double product = (costs.product + costs.pixel / vectors) * (1 + costs.tap / static_cast<double>(plan.c_in));
+  const double pixels = static_cast<double>(plan.n) * plan.base_h * plan.base_w;
+  const double results = static_cast<double>(plan.n) * plan.c_out * plan.h_out * plan.w_out;
+  return 1e-6 * ((product * pixels + costs.weight) * static_cast<double>(weight.numel()) +
+                 costs.value * static_cast<double>(x.numel()) + costs.result * results + costs.call);
+}
+
 // Offsets within an image are 32 bits wide; the padding is not counted.
 Refusal refuse_large(const Tensor& x, int64_t value_bytes) {
   const int64_t bytes = round_up(x.size(1), kGroup) * x.size(2) * x.size(3) * value_bytes;
@@ -402,30 +419,20 @@ Refusal refused_by_quantized_direct(const Tensor& x, const Tensor& weight, const
 }
 
 double packed_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  // Nanoseconds, fitted to the layers of the models on an Ice Lake with two threads and registers of either width: of a
-  // product; what more it takes of each pixel that is loaded for one register, and of each tap that is turned to; of a
-  // weight that comes from memory, a value of the image, a result, a call.
-  constexpr double kProduct = 0.0075, kPixel = 0.0145, kTap = 12, kWeight = 0.12, kValue = 0.25, kSum = 0.5,
-                   kCall = 25e3;
-  const ConvPlan plan(x, weight, g);
-  const auto vectors = static_cast<double>(slab_size(plan.c_out, Storage::kFloat) / product_lanes());
-  const double product = (kProduct + kPixel / vectors) * (1 + kTap / static_cast<double>(plan.c_in));
-  const double pixels = static_cast<double>(plan.n) * plan.base_h * plan.base_w;
-  const double results = static_cast<double>(plan.n) * plan.c_out * plan.h_out * plan.w_out;
-  return 1e-6 * ((product * pixels + kWeight) * static_cast<double>(weight.numel()) +
-                 kValue * static_cast<double>(x.numel()) + kSum * results + kCall);
+  return ms_of(
+      {.product = 0.0075, .pixel = 0.0145, .tap = 12, .weight = 0.12, .value = 0.25, .result = 0.5, .call = 25e3}, x,
+      weight, g, Storage::kFloat);
 }
 
-double quantized_direct_cost(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  // Of a product, of a value that is rounded, of a sum that is written, of a weight that is read: on an Ice Lake with
-  // two threads, in units of what its float products cost there. Without VNNI, so much that Winograd's tiles win.
-  const double product = has_byte_products() ? 0.2 : 4;
-  constexpr double kValue = 30, kSum = 40, kWeight = 2;
-  const ConvPlan plan(x, weight, g);
-  const double results = static_cast<double>(plan.n) * plan.base_h * plan.base_w;
-  return product * results * static_cast<double>(weight.numel()) + kValue * static_cast<double>(x.numel()) +
-         kSum * static_cast<double>(plan.n) * plan.c_out * plan.h_out * plan.w_out +
-         kWeight * static_cast<double>(weight.numel());
+double quantized_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  Costs costs{
+      .product = 0.0017, .pixel = 0.0045, .tap = 4, .weight = 0.045, .value = 0.35, .result = 0.6, .call = 15e3};
+  if (!has_byte_products()) {
+    constexpr double kWithoutVnni = 5;
+    costs.product *= kWithoutVnni;
+    costs.pixel *= kWithoutVnni;
+  }
+  return ms_of(costs, x, weight, g, Storage::kInt8);
 }
 
 void packed_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,

@@ -14,10 +14,9 @@ namespace fastgan {
 Refusal refused_by_packed_direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 Refusal refused_by_quantized_direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
-// What floats take, of a weight that is kept.
+// What it takes, of a weight that is kept.
 double packed_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
-// What bytes take, in multiply-adds of float products (winograd_tile.cpp says what those cost).
-double quantized_direct_cost(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+double quantized_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 // What direct_conv does, with weights in float or in bfloat16.
 void packed_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,

@@ -27,7 +27,8 @@ constexpr double kHashCost = 3;
 constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110, kTorchCallCost = 2.5e7;
 constexpr double kCostPerMs = 60e6;
 // The same for integers.
-constexpr double kWholeProductCost = 0.67, kWholeSumCost = 27, kWholeCost = 4, kWholeTileCost = 19;
+constexpr double kWholeProductCost = 0.67, kWholeSumCost = 27, kWholeCost = 4, kWholeTileCost = 19,
+                 kWholeCallCost = 3e6;
 
 // Quantised values at most.
 constexpr int64_t kLargestInput = 255, kLargestWeight = 127;
@@ -57,7 +58,7 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, Keeping kee
 double quantized_cost(const ConvPlan& conv, const WinogradPlan& plan) {
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
   const double depth = plan.depth, weight = plan.m == 1 ? kWholeCost / 2 : kWholeCost;
-  return kCallCost + plan.products * rows * tiles * (kWholeProductCost * depth + kWholeSumCost) +
+  return kWholeCallCost + plan.products * rows * tiles * (kWholeProductCost * depth + kWholeSumCost) +
          plan.weights * rows * depth * weight + plan.values * depth * tiles * kWholeTileCost;
 }
 
@@ -101,8 +102,7 @@ Refusal refused_by_quantized(const Tensor& x, const Tensor& weight, const ConvGe
 Candidates quantized_tiles(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   Candidates found;
   if (!refused_by_quantized(x, weight, g, 0)) {
-    found.push_back({.algorithm = Algorithm::kQuantizedDirect,
-                     .predicted_ms = (kCallCost + quantized_direct_cost(x, weight, g)) / kCostPerMs});
+    found.push_back({.algorithm = Algorithm::kQuantizedDirect, .predicted_ms = quantized_direct_ms(x, weight, g)});
   }
   for (const int64_t m : {1, 2, 3}) {
     if (refused_by_quantized(x, weight, g, m)) continue;

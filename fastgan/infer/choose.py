@@ -24,10 +24,11 @@ _MANY = 1 << 19
 _ROUNDS = 7
 
 
-def candidates(node: fx.Node, precision: str) -> list[Choice]:
-    """What can compute a convolution; the cost model's choice comes first."""
+def candidates(node: fx.Node, precision: str, weight: Tensor | None = None) -> list[Choice]:
+    """What can compute a convolution, of its weight or of another one; the cost model's choice comes first."""
     k = node.kwargs
-    x, weight = torch.empty(shape_of(k["x"]), dtype=torch.float32), constant_of(k["weight"])
+    x = torch.empty(shape_of(k["x"]), dtype=torch.float32)
+    weight = constant_of(k["weight"]) if weight is None else weight
     if is_a(node, nodes.quantized_convolution):
         return _quantized(x, weight, node)
     found = _into.convolution_candidates(x, weight, *(k[name] for name in nodes.GEOMETRY), precision)
@@ -52,15 +53,11 @@ def is_worth_quantizing(node: fx.Node, precision: str) -> bool:
         return False
     x = torch.empty(shape_of(node.kwargs["x"]), dtype=torch.float32)
     quantized = _quantized(x, torch.empty_like(weight, dtype=torch.int8).contiguous(), node)
-    exact = candidates(node, precision)[0]
-    if not quantized or exact.algorithm == "direct_conv":
-        # Few channels on either side: the image is most of the work, and it is rounded first.
-        return False
-    if exact.algorithm == "torch" and not exact.predicted_ms:
-        # A kernel that only products of bytes could serve, against a time that nobody knows.
-        return False
-    # What else has no prediction waits for its weights.
-    return exact.algorithm != "winograd" or quantized[0].predicted_ms < exact.predicted_ms
+    with frozen(weight) as of_engine:
+        exact = candidates(node, precision, of_engine)[0]
+    # Of few channels on either side, and of what is left to torch, nothing is predicted: the image is most of the work,
+    # and it would be rounded first.
+    return bool(quantized and exact.predicted_ms) and quantized[0].predicted_ms < exact.predicted_ms
 
 
 def _storage(choice: Choice, of_weight: str, values: int) -> str:
