@@ -273,6 +273,45 @@ def test_layers_without_a_kernel_in_8_bits_stay() -> None:
         assert psnr(fast(x), model(x)) >= LEAST_DB
 
 
+class Skip(nn.Module):
+    """An image that is read as it is and, behind an activation, joined with another one."""
+
+    def __init__(self, act: nn.Module, *, twice: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+        self.joined, self.last = nn.Conv2d(128, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.act, self.twice = act, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        second, gate = self.second(first), self.act(first)
+        y = self.last(self.joined(torch.cat([gate, torch.relu(second)], 1)))
+        return y + gate if self.twice else y
+
+
+@pytest.mark.parametrize(
+    ("model", "gone"),
+    [
+        pytest.param(Skip(nn.ReLU()), True, id="relu"),
+        pytest.param(Skip(nn.LeakyReLU(0.1)), False, id="another activation"),
+        pytest.param(Skip(nn.ReLU(), twice=True), False, id="read by another layer too"),
+    ],
+)
+def test_rounding_from_0_on_does_what_a_relu_in_front_of_it_would(model: Skip, gone: bool, tmp_path: Path) -> None:
+    x = torch.randn(1, 64, 48, 48, generator=torch.Generator().manual_seed(0))
+    fast = infer.optimize(model.eval(), (x,), precision="int8")
+    assert len(quantized(fast)) == 4
+    rows = fast.report().rows
+    assert (not any(row.kind == "pointwise" for row in rows)) == gone
+    (joined,) = (row for row in rows if "joined" in row.layer)
+    assert any("act" in name for name in joined.fused) == gone
+    with torch.no_grad():
+        assert psnr(fast(x), model(x)) >= LEAST_DB
+    fast.save(tmp_path / "saved")
+    again = infer.load(tmp_path / "saved")
+    assert torch.equal(again(x), fast(x)) and again.report() == fast.report()
+
+
 class Logarithm(nn.Module):
     """A layer that reads minus infinity where a pixel is black, and one that reads none."""
 

@@ -142,10 +142,19 @@ def hoist(module: fx.GraphModule) -> None:
 _SMALL = 1 << 16
 
 
+def _read(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's nodes without those that no result depends on; inputs stay."""
+    read: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("output", "placeholder") or not read.isdisjoint(node.users):
+            read.add(node)
+    return [node for node in graph.nodes if node in read]
+
+
 class _Planner:
     def __init__(self, module: fx.GraphModule, choose: Chooser, precision: str) -> None:
         self.module, self.choose, self.precision = module, choose, precision
-        self.nodes = list(module.graph.nodes)
+        self.nodes = _read(module.graph)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.slots = {node: i for i, node in enumerate(self.nodes) if node.op != "output"}
         self.outputs = outputs_of(module.graph)
@@ -239,8 +248,9 @@ class _Planner:
         """The last position that reads a value, itself or through a view of it."""
         ends: dict[fx.Node, int] = {}
         for node in reversed(self.nodes):
-            last = max((self.position[user] for user in node.users), default=self.position[node])
-            for user in node.users:
+            users = [user for user in node.users if user in self.position]
+            last = max((self.position[user] for user in users), default=self.position[node])
+            for user in users:
                 if user.op == "call_function" and may_be_view(user):
                     last = max(last, ends[user])
             ends[node] = last
