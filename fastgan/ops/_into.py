@@ -3,9 +3,10 @@
 Everything is float32 in NCHW, dense within each sample; nothing is checked but by the kernels and nothing has a
 gradient. Arguments are those of the ops of the same names, as their kernels take them (scales [N or 1, C or 1]).
 ``_scaled_conv2d_into`` is told its algorithm, one of ``_native.ALGORITHMS``, the tile m of Winograd's F(m x m, r x r)
-and how weights are stored: of "bf16", Winograd's tiles and few pixels are multiplied with weights in bfloat16, rounded
+and how weights are stored: of "bf16", Winograd's tiles, packed weights and those of few pixels are in bfloat16, rounded
 once and kept with the weight; the other algorithms read the weight as it is. ``_convolution_candidates`` says which can
-serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one that ``scaled_conv2d`` would choose first.
+serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one to choose first, which of a frozen weight
+(kept_weights.h) may be another one than ``scaled_conv2d`` chooses.
 
 ``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high
 at most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its
