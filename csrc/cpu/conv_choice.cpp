@@ -64,7 +64,9 @@ Refusal refuse_packing(const Tensor& x, const Tensor& weight, const ConvGeometry
   if (keeping_of(static_cast<const float*>(weight.data_ptr())) != Keeping::kFrozen) {
     return {"it takes weights that an inference engine owns"};
   }
-  if (!refused_by_direct_conv(x, weight, g)) return {"direct_conv serves so few channels"};
+  if (std::min(weight.size(0), weight.size(1)) <= kFewChannels && !refused_by_direct_conv(x, weight, g)) {
+    return {"direct_conv serves so few channels"};
+  }
   return refused_by_packed_direct(x, weight, g);
 }
 

@@ -24,7 +24,7 @@ constexpr int64_t kTasks = 16;           // enough to share out; more would load
 // Where torch's convolution is far from its own best, measured over the layers of the models: images of few channels,
 // which it pads to a register of them, and large results of transposed 3x3 convolutions of stride 2 (StyleGAN2's),
 // which it first makes as one matrix that outgrows the caches.
-constexpr int64_t kFewChannels = 8, kManyPixels = 8192;
+constexpr int64_t kManyPixels = 8192;
 
 // How the results of one call are cut into tasks, and how a task lays out its columns.
 struct Tiling {

@@ -11,6 +11,9 @@
 
 namespace fastgan {
 
+// Channels on one side that it is made for.
+constexpr int64_t kFewChannels = 8;
+
 // Nothing for a call that direct_conv is faster at than torch (float, NCHW, no groups, equal strides, few channels or a
 // large transposed 3x3 convolution of stride 2), else what keeps it from being one.
 Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
