@@ -321,7 +321,7 @@ void Call<Word>::multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels
                                      .taps = chunk.taps.data(),
                                      .tap_count = static_cast<int64_t>(chunk.taps.size()),
                                      .words = chunk.words,
-                                     .weights = reinterpret_cast<const Word*>(weights),
+                                     .weights = narrow ? nullptr : reinterpret_cast<const Word*>(weights),
                                      .narrow_weights = narrow ? reinterpret_cast<const BFloat16*>(weights) : nullptr,
                                      .vectors = slab_ / product_lanes(),
                                      .sums = sums + i * slab_,

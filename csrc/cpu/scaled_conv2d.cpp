@@ -166,9 +166,8 @@ Storage parse_storage(const std::string& name) {
   return name == "bf16" ? Storage::kBfloat16 : Storage::kFloat;
 }
 
-// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`. `storage` is that of what few
-// pixels, Winograd's tiles and packed weights' pixels are multiplied with; the other algorithms read the weight as it
-// is.
+// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`. `storage` is that of few pixels'
+// weights, Winograd's and packed ones; the other algorithms read the weight as it is.
 void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
