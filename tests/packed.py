@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from helpers import max_error
+from quantized import SHIFTS, TENSORS
 from torch import Tensor
 
-from fastgan.infer.nodes import convolution
+from fastgan.infer.nodes import PLAIN, convolution
 from fastgan.ops import _into
-
-PLAIN = {"act": "linear", "alpha": 0.0, "gain": 1.0, "clamp": None, "residual_gain": 1.0}
-TENSORS = ("in_scale", "out_scale", "noise", "noise_strength", "bias", "residual")
 
 
 def layer(
@@ -37,7 +35,7 @@ def convolve(*, where: dict[str, Any], storage: str = "fp32", out: Tensor | None
     epilogue = {name: k.get(name, default) for name, default in PLAIN.items()}
     _into.scaled_conv2d_into(
         *(k["x"], k["weight"]),
-        *(k.get(name) for name in TENSORS),
+        *(k.get(name) for name in (*TENSORS, *SHIFTS)),
         *where.values(),
         *("packed_direct", 0, storage),
         *epilogue.values(),

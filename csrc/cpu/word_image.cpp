@@ -32,19 +32,8 @@ FASTGAN_INLINE void transpose(Bytes (&rows)[kGroup]) {
   }
 }
 
-// gather_channels, to bytes; those of other channels are 0's.
-struct ByteLine {
-  const float* from;
-  int64_t channel, pixel;
-  int64_t channels, pixels;
-  const float* scale;  // [kGroup]
-  uint8_t* to;
-  int64_t to_pixel, ahead;
-  Quantization quantization;
-};
-
-FASTGAN_INLINE void round_block(const ByteLine& l, int64_t first) {
-  const auto zero = static_cast<uint8_t>(-l.quantization.low);
+FASTGAN_INLINE void round_block(const ChannelLine& l, const Quantization& q, int64_t first, uint8_t* to) {
+  const auto zero = static_cast<uint8_t>(-q.low);
   Bytes rows[kGroup];
   for (int64_t c = 0; c < kGroup; ++c) {
     if (c >= l.channels) {
@@ -56,24 +45,25 @@ FASTGAN_INLINE void round_block(const ByteLine& l, int64_t first) {
     int32_t whole[kGroup];
 #pragma omp simd
     for (int64_t p = 0; p < kGroup; ++p) {
-      whole[p] = rounded(l.scale[c] * from[p], l.quantization);
+      whole[p] = rounded(l.scale[c] * from[p], q);
     }
     rows[c] = __builtin_convertvector((load<register_t<int32_t, 64>>(whole)), Bytes);
   }
   transpose(rows);
-  for (int64_t p = 0; p < kGroup; ++p) store(rows[p], l.to + (first + p) * l.to_pixel);
+  for (int64_t p = 0; p < kGroup; ++p) store(rows[p], to + (first + p) * l.to_pixel);
 }
 
-FASTGAN_MULTIVERSION void round_channels(const ByteLine& l) {
+// gather_channels, to bytes and not to l.to; those of other channels are 0's.
+FASTGAN_MULTIVERSION void round_channels(const ChannelLine& l, const Quantization& q, uint8_t* to) {
   if (l.pixel == 1 && l.pixels >= kGroup) {
     // The last block overlaps the one before.
-    for (int64_t p = 0; p < l.pixels; p += kGroup) round_block(l, std::min(p, l.pixels - kGroup));
+    for (int64_t p = 0; p < l.pixels; p += kGroup) round_block(l, q, std::min(p, l.pixels - kGroup), to);
     return;
   }
   for (int64_t p = 0; p < l.pixels; ++p) {
     for (int64_t c = 0; c < kGroup; ++c) {
       const float value = c < l.channels ? l.scale[c] * l.from[c * l.channel + p * l.pixel] : 0.0f;
-      l.to[p * l.to_pixel + c] = static_cast<uint8_t>(rounded(value, l.quantization));
+      to[p * l.to_pixel + c] = static_cast<uint8_t>(rounded(value, q));
     }
   }
 }
@@ -117,29 +107,21 @@ void WordImage<T>::load_row(const ScaledImage& x, const Quantization& quantizati
     for (int64_t c = 0; c < channels; ++c) scale[c] = x.scale.at(sample, channel + c);
     const float* const from = x.data + sample * x.stride_n + channel * x.stride_c + line * x.stride_h;
     const auto gather = [&](int64_t column, int64_t place, int64_t pixels) {
-      const float* const pixel = from + column * x.stride_w;
+      ChannelLine of_pixels{.from = from + column * x.stride_w,
+                            .channel = x.stride_c,
+                            .pixel = x.stride_w,
+                            .channels = channels,
+                            .pixels = pixels,
+                            .scale = scale.data(),
+                            .to = nullptr,
+                            .to_pixel = depth_,
+                            .ahead = x.stride_h};
       T* const at = to + place * depth_ + channel;
       if constexpr (kBytes) {
-        round_channels({.from = pixel,
-                        .channel = x.stride_c,
-                        .pixel = x.stride_w,
-                        .channels = channels,
-                        .pixels = pixels,
-                        .scale = scale.data(),
-                        .to = at,
-                        .to_pixel = depth_,
-                        .ahead = x.stride_h,
-                        .quantization = quantization});
+        round_channels(of_pixels, quantization, at);
       } else {
-        gather_channels({.from = pixel,
-                         .channel = x.stride_c,
-                         .pixel = x.stride_w,
-                         .channels = channels,
-                         .pixels = pixels,
-                         .scale = scale.data(),
-                         .to = at,
-                         .to_pixel = depth_,
-                         .ahead = x.stride_h});
+        of_pixels.to = at;
+        gather_channels(of_pixels);
       }
     };
     const auto pad = [&](int64_t place) {
