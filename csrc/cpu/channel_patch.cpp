@@ -3,44 +3,43 @@
 #include <algorithm>
 #include <array>
 
-#include "simd.h"
+#include "quads.h"
 
 namespace fastgan {
 namespace {
 
-using Quad = register_t<float, 16>;
-constexpr int64_t kQuad = 4;
+using Portable = register_t<float, 16>;
 
-// Four channels of four pixels: rows of channels in, rows of pixels out.
-FASTGAN_INLINE void gather_block(const float* from, int64_t channel, const Quad& scale, float* to, int64_t to_pixel) {
-  const Quad a = load<Quad>(from), b = load<Quad>(from + channel), c = load<Quad>(from + 2 * channel),
-             d = load<Quad>(from + 3 * channel);
-  FASTGAN_UNROLL
-  for (int p = 0; p < kQuad; ++p) store(Quad{a[p], b[p], c[p], d[p]} * scale, to + p * to_pixel);
-}
-
-FASTGAN_INLINE void gather_pixels(const ChannelLine& l, int64_t first, int64_t pixels, int64_t first_channel) {
-  for (int64_t p = first; p < first + pixels; ++p) {
+FASTGAN_INLINE void gather_pixels(const ChannelLine& l, int64_t first_channel) {
+  for (int64_t p = 0; p < l.pixels; ++p) {
     for (int64_t c = first_channel; c < l.channels; ++c) {
       l.to[p * l.to_pixel + c] = l.scale[c] * l.from[c * l.channel + p * l.pixel];
     }
   }
 }
 
-FASTGAN_INLINE void gather_planes(const ChannelLine& l) {
-  const int64_t whole = l.channels / kQuad * kQuad;
-  for (int64_t p = 0; p < l.pixels; p += kQuad) {
-    // The last step overlaps the one before.
-    const int64_t at = std::min(p, l.pixels - kQuad);
-    if (p % kGroup == 0) {
-      for (int64_t c = 0; c < l.channels; ++c) __builtin_prefetch(l.from + c * l.channel + at + l.ahead);
-    }
-    for (int64_t c = 0; c < whole; c += kQuad) {
-      gather_block(l.from + c * l.channel + at, l.channel, load<Quad>(l.scale + c), l.to + at * l.to_pixel + c,
-                   l.to_pixel);
+// Registers of channels from `channel` on, four pixels at a time; the last step overlaps the one before. Returns how
+// many channels are done.
+template <typename V>
+FASTGAN_INLINE int64_t gather_quads(const ChannelLine& l, int64_t channel) {
+  for (; channel + kLanes<V> <= l.channels; channel += kLanes<V>) {
+    const float* const from = l.from + channel * l.channel;
+    const V scale = load<V>(l.scale + channel);
+    for (int64_t p = 0; p < l.pixels; p += kQuad) {
+      const int64_t at = std::min(p, l.pixels - kQuad);
+      if (p % kGroup == 0) {
+        for (int64_t c = 0; c < kLanes<V>; ++c) __builtin_prefetch(from + c * l.channel + at + l.ahead);
+      }
+      // A quad holds the pixels of every fourth channel, then the channels of a pixel.
+      V rows[kQuad];
+      FASTGAN_UNROLL
+      for (int i = 0; i < kQuad; ++i) rows[i] = load_quads<V>(from + i * l.channel + at, kQuad * l.channel);
+      transpose_quads(rows);
+      FASTGAN_UNROLL
+      for (int i = 0; i < kQuad; ++i) store(rows[i] * scale, l.to + (at + i) * l.to_pixel + channel);
     }
   }
-  if (whole < l.channels) gather_pixels(l, 0, l.pixels, whole);
+  return channel;
 }
 
 FASTGAN_INLINE void copy_pixels(const ChannelLine& l) {
@@ -50,16 +49,29 @@ FASTGAN_INLINE void copy_pixels(const ChannelLine& l) {
   }
 }
 
-}  // namespace
-
-FASTGAN_MULTIVERSION void gather_channels(const ChannelLine& l) {
+template <typename V>
+FASTGAN_INLINE void gather(const ChannelLine& l) {
   if (l.channels < kGroup) {
     for (int64_t p = 0; p < l.pixels; ++p) std::fill_n(l.to + p * l.to_pixel + l.channels, kGroup - l.channels, 0.0f);
   }
   if (l.channel == 1 && l.channels == kGroup) return copy_pixels(l);
-  if (l.pixel == 1 && l.pixels >= kQuad) return gather_planes(l);
-  gather_pixels(l, 0, l.pixels, 0);
+  int64_t channel = 0;
+  if (l.pixel == 1 && l.pixels >= kQuad) channel = gather_quads<Portable>(l, gather_quads<V>(l, 0));
+  if (channel < l.channels) gather_pixels(l, channel);
 }
+
+void gather_portable(const ChannelLine& l) { gather<Portable>(l); }
+#if defined(FASTGAN_AVX2)
+FASTGAN_AVX2 void gather_avx2(const ChannelLine& l) { gather<register_t<float, 32>>(l); }
+FASTGAN_AVX512 void gather_avx512(const ChannelLine& l) { gather<register_t<float, 64>>(l); }
+const auto kGather = has_avx512() ? gather_avx512 : has_avx2() ? gather_avx2 : gather_portable;
+#else
+const auto kGather = gather_portable;
+#endif
+
+}  // namespace
+
+void gather_channels(const ChannelLine& line) { kGather(line); }
 
 namespace {
 

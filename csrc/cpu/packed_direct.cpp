@@ -16,7 +16,7 @@
 #include "conv_plan.h"
 #include "kept_weights.h"
 #include "large_buffer.h"
-#include "simd.h"
+#include "quads.h"
 #include "winograd_weights.h"
 #include "word_image.h"
 #include "word_product.h"
@@ -44,42 +44,68 @@ struct Form<int32_t> {
   static constexpr int64_t kPerWord = 4;
 };
 
-// to[c * to_stride + p] = from[p * stride + c] + shift[c] for kGroup channels c; without shifts, + 0.
+// kGroup channels of some pixels as planes of floats: to[c * to_stride + p] = from[p * stride + c] + shift[c]; without
+// shifts, + 0.
 template <typename Word>
-FASTGAN_INLINE void spread_planes(const Word* from, int64_t stride, int64_t pixels, const Word* shift, float* to,
-                                  int64_t to_stride) {
-  using Quad = register_t<Word, 16>;
-  using Floats = register_t<float, 16>;
-  constexpr int64_t kQuad = 4;
-  if (pixels < kQuad) {
+struct Spreading {
+  const Word* from;
+  int64_t stride, pixels;
+  const Word* shift;
+  float* to;
+  int64_t to_stride;
+};
+
+template <typename V, typename Word>
+FASTGAN_INLINE void spread_planes(const Spreading<Word>& s) {
+  using Floats = register_t<float, sizeof(V)>;
+  if (s.pixels < kQuad) {
     for (int64_t c = 0; c < kGroup; ++c) {
-      const Word plus = shift ? shift[c] : 0;
-      for (int64_t p = 0; p < pixels; ++p) to[c * to_stride + p] = static_cast<float>(from[p * stride + c] + plus);
+      const Word plus = s.shift ? s.shift[c] : 0;
+      for (int64_t p = 0; p < s.pixels; ++p) {
+        s.to[c * s.to_stride + p] = static_cast<float>(s.from[p * s.stride + c] + plus);
+      }
     }
     return;
   }
-  for (int64_t p = 0; p < pixels; p += kQuad) {
-    const int64_t at = std::min(p, pixels - kQuad);  // the last step overlaps the one before
-    for (int64_t channel = 0; channel < kGroup; channel += kQuad) {
-      const Word* const corner = from + at * stride + channel;
-      const Quad plus = shift ? load<Quad>(shift + channel) : Quad{};
-      const Quad a = load<Quad>(corner) + plus, b = load<Quad>(corner + stride) + plus,
-                 c = load<Quad>(corner + 2 * stride) + plus, d = load<Quad>(corner + 3 * stride) + plus;
+  for (int64_t p = 0; p < s.pixels; p += kQuad) {
+    const int64_t at = std::min(p, s.pixels - kQuad);  // the last step overlaps the one before
+    for (int64_t c = 0; c < kGroup; c += kLanes<V>) {
+      const V plus = s.shift ? load<V>(s.shift + c) : V{};
+      V rows[kQuad];
+      FASTGAN_UNROLL
+      for (int i = 0; i < kQuad; ++i) rows[i] = load<V>(s.from + (at + i) * s.stride + c) + plus;
+      transpose_quads(rows);
       FASTGAN_UNROLL
       for (int i = 0; i < kQuad; ++i) {
-        store(__builtin_convertvector((Quad{a[i], b[i], c[i], d[i]}), Floats), to + (channel + i) * to_stride + at);
+        store_quads(__builtin_convertvector(rows[i], Floats), s.to + (c + i) * s.to_stride + at, kQuad * s.to_stride);
       }
     }
   }
 }
-FASTGAN_MULTIVERSION void planes_of(const float* from, int64_t stride, int64_t pixels, const float*, float* to,
-                                    int64_t to_stride) {
-  spread_planes<float>(from, stride, pixels, nullptr, to, to_stride);
+
+template <typename Word>
+void planes_portable(const Spreading<Word>& s) {
+  spread_planes<register_t<Word, 16>>(s);
 }
-FASTGAN_MULTIVERSION void planes_of(const int32_t* from, int64_t stride, int64_t pixels, const int32_t* shift,
-                                    float* to, int64_t to_stride) {
-  spread_planes<int32_t>(from, stride, pixels, shift, to, to_stride);
+#if defined(FASTGAN_AVX2)
+template <typename Word>
+FASTGAN_AVX2 void planes_avx2(const Spreading<Word>& s) {
+  spread_planes<register_t<Word, 32>>(s);
 }
+template <typename Word>
+FASTGAN_AVX512 void planes_avx512(const Spreading<Word>& s) {
+  spread_planes<register_t<Word, 64>>(s);
+}
+template <typename Word>
+void planes_of(const Spreading<Word>& s) {
+  has_avx512() ? planes_avx512(s) : has_avx2() ? planes_avx2(s) : planes_portable(s);
+}
+#else
+template <typename Word>
+void planes_of(const Spreading<Word>& s) {
+  planes_portable(s);
+}
+#endif
 
 template <typename Word>
 class Call {
@@ -279,8 +305,12 @@ void Call<Word>::multiply(const PlanarResult& result) const {
             for (int64_t i = 0; i < kGroup; ++i) b.shifts[i] = static_cast<int32_t>(quantization_.low) * sums[i];
             shifts = b.shifts.data();
           }
-          planes_of(b.sums.data() + p * pixels * slab_ + c, slab_, lines * plan_.base_w, shifts,
-                    b.planes.data() + p * pixels, phases_ * pixels);
+          planes_of<Word>({.from = b.sums.data() + p * pixels * slab_ + c,
+                           .stride = slab_,
+                           .pixels = lines * plan_.base_w,
+                           .shift = shifts,
+                           .to = b.planes.data() + p * pixels,
+                           .to_stride = phases_ * pixels});
         }
         write(line, lines, slab * slab_ + c, b);
       }

@@ -92,7 +92,7 @@ FASTGAN_INLINE void pair_tile(const PairProducts& p, const W* weights, int64_t f
     }
   };
   if constexpr (kFetch) {
-    fetch_and_multiply(p.next, weights + 2 * p.ahead, step, p.depth, multiply_row);
+    fetch_and_multiply(p.ahead, first / kVectors, p.depth, multiply_row);
   } else {
     for (int64_t k = 0, depth = p.depth; k < depth; ++k) multiply_row(k);
   }
@@ -138,8 +138,8 @@ FASTGAN_INLINE void any_pairs_of(const PairProducts& p, const W* weights) {
     case 5:
       return pairs_of<Set, V, 5, 2 * kWide>(p, weights);
     default:
-      return p.next ? pairs_of<Set, V, kPanelRows, 2 * kWide, true>(p, weights)
-                    : pairs_of<Set, V, kPanelRows, 2 * kWide>(p, weights);
+      return p.ahead.panel ? pairs_of<Set, V, kPanelRows, 2 * kWide, true>(p, weights)
+                           : pairs_of<Set, V, kPanelRows, 2 * kWide>(p, weights);
   }
 }
 

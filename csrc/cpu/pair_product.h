@@ -23,9 +23,8 @@ struct PairProducts {
   int64_t vectors;
   int32_t* sums;
   int64_t sums_stride;
-  bool overwrite;                 // = instead of +=
-  const int32_t* next = nullptr;  // of kPanelRows rows: values to fetch from further caches meanwhile
-  int64_t ahead = 0;              // how many words behind these the weights lie that come after
+  bool overwrite;  // = instead of +=
+  Ahead ahead = {};
 };
 void pair_products(const PairProducts& p);
 

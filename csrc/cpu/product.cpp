@@ -48,7 +48,7 @@ FASTGAN_INLINE void panel_tile(const PanelProducts& p, const T* image, int64_t f
     const int64_t step = p.step;
     const auto multiply = [&](int64_t k) FASTGAN_LAMBDA_INLINE { multiply_row(weights + k, starts, k * step, sums); };
     if constexpr (kFetch) {
-      fetch_and_multiply(p.next, image + p.ahead, step, p.depth, multiply);
+      fetch_and_multiply(p.ahead, first / kVectors, p.depth, multiply);
     } else {
 #pragma GCC unroll 2
       for (int64_t k = 0, depth = p.depth; k < depth; ++k) multiply(k);
@@ -98,7 +98,7 @@ FASTGAN_INLINE void any_panel_of(const PanelProducts& p, const T* image) {
     case 5:
       return panel<V, 5, 2 * kWide>(p, image);
     default:
-      return p.next ? panel<V, kPanelRows, 2 * kWide, true>(p, image) : panel<V, kPanelRows, 2 * kWide>(p, image);
+      return p.ahead.panel ? panel<V, kPanelRows, 2 * kWide, true>(p, image) : panel<V, kPanelRows, 2 * kWide>(p, image);
   }
 }
 

@@ -21,6 +21,15 @@ int64_t product_vectors();
 // all rows, and an odd number of cache lines, so that they share no set.
 constexpr int64_t kPanelRows = 6, kPanelDepth = 256, kPanelStride = 272;
 
+// What a product fetches meanwhile from further caches: the panel that comes next, of kPanelRows rows, and cache lines
+// of the weights that come after, so many with every kFetchSteps steps of each tile of sums.
+constexpr int64_t kFetchSteps = 16, kFetchBytes = 64;
+struct Ahead {
+  const void* panel = nullptr;  // or none, then nothing is fetched
+  const char* weights = nullptr;
+  int64_t lines = 0;
+};
+
 // sums[r, v * lanes + l] (+)= sum_k weights[r, k] * image[offsets[k] + columns[v] + l].
 //
 // An image in bfloat16 lies pairwise (bf16.h): its vectors are an even number, two side by side.
@@ -36,9 +45,8 @@ struct PanelProducts {
   int64_t vectors;
   float* sums;
   int64_t sums_stride;
-  bool overwrite;               // = instead of +=
-  const float* next = nullptr;  // of kPanelRows rows: a panel to fetch from further caches meanwhile
-  int64_t ahead = 0;            // how many values behind these the image's lie that come after, to fetch as well
+  bool overwrite;  // = instead of +=
+  Ahead ahead = {};
 };
 void panel_products(const PanelProducts& p);
 

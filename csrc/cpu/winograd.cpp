@@ -4,7 +4,7 @@
 
 #include "channel_patch.h"
 #include "product.h"
-#include "simd.h"
+#include "quads.h"
 
 namespace fastgan {
 namespace {
@@ -159,20 +159,24 @@ FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix
   }
 }
 
+// Fetches kLines values that are `stride` apart, to be written or read.
+template <int kLines, bool kToWrite, typename T>
+FASTGAN_INLINE void fetch_lines(const T* from, int64_t stride) {
+  FASTGAN_UNROLL
+  for (int k = 0; k < kLines; ++k) __builtin_prefetch(from + k * stride, kToWrite);
+}
+
 // Columns of one row of a tile, a group of channels each -> rows of pixels, one for each channel: four pixels each,
 // what is beyond the tile being 0.
-template <int kColumns>
+template <typename V, int kColumns>
 FASTGAN_INLINE void spread_channels(const float* from, float* to, int64_t channel) {
-  using Quad = register_t<float, 16>;
-  constexpr int64_t kQuad = 4;
-  for (int64_t c = 0; c < kGroup; c += kQuad) {
-    Quad columns[kQuad] = {};
+  for (int64_t c = 0; c < kGroup; c += kLanes<V>) {
+    V columns[kQuad] = {};
     FASTGAN_UNROLL
-    for (int b = 0; b < kColumns; ++b) columns[b] = load<Quad>(from + b * kGroup + c);
+    for (int b = 0; b < kColumns; ++b) columns[b] = load<V>(from + b * kGroup + c);
+    transpose_quads(columns);
     FASTGAN_UNROLL
-    for (int k = 0; k < kQuad; ++k) {
-      store(Quad{columns[0][k], columns[1][k], columns[2][k], columns[3][k]}, to + (c + k) * channel);
-    }
+    for (int k = 0; k < kQuad; ++k) store_quads(columns[k], to + (c + k) * channel, kQuad * channel);
   }
 }
 
@@ -180,7 +184,8 @@ template <typename V, int M, typename Down, typename Across>
 struct Transforms {
   template <typename To>
   FASTGAN_INLINE static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, To* to,
-                                   int64_t to_stride) {
+                                   int64_t to_stride, int64_t next) {
+    if (next) fetch_lines<std::size(Down::b.at) * std::size(Across::b.at), true>(to + next, to_stride);
     transform<V>(
         Down::b, Across::b, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return patch + i * row + j * column; }, vectors,
         to, to_stride);
@@ -211,47 +216,52 @@ struct Transforms {
   }
 
   template <typename Sum>
-  FASTGAN_INLINE static void output(const Sum* sums, int64_t stride, float* to, int64_t channel, int64_t row) {
+  FASTGAN_INLINE static void output(const Sum* sums, int64_t stride, int64_t next, float* to, int64_t channel,
+                                    int64_t row) {
     constexpr int kSums = std::size(Across::a.at[0]);
+    if (next) fetch_lines<std::size(Down::a.at[0]) * kSums, false>(sums + next, stride);
     alignas(64) float tile[M * M * kGroup];
     transform<V>(
         Down::a, Across::a, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return sums + (i * kSums + j) * stride; },
         kGroup / kLanes<V>, tile, kGroup);
-    for (int a = 0; a < M; ++a) spread_channels<M>(tile + a * M * kGroup, to + a * row, channel);
+    for (int a = 0; a < M; ++a) spread_channels<V, M>(tile + a * M * kGroup, to + a * row, channel);
   }
 };
 
 // The three transforms of one size and form for one instruction set.
-#define FASTGAN_WINOGRAD(name, target, bytes)                                                                          \
-  template <int M, typename Down, typename Across>                                                                     \
-  struct name {                                                                                                        \
-    using Of = Transforms<register_t<float, bytes>, M, Down, Across>;                                                  \
-    target static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) { \
-      Of::input(patch, row, column, vectors, to, n);                                                                   \
-    }                                                                                                                  \
-    target static void weight(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t n) {    \
-      Of::weight(taps, positions, vectors, to, n);                                                                     \
-    }                                                                                                                  \
-    target static void output(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row) {            \
-      Of::output(sums, stride, to, channel, row);                                                                      \
-    }                                                                                                                  \
-    target static void cotangent(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,          \
-                                 int64_t n) {                                                                          \
-      Of::cotangent(patch, row, column, vectors, to, n);                                                               \
-    }                                                                                                                  \
-    target static void taps(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) {   \
-      Of::taps(sums, row, column, vectors, to, n);                                                                     \
-    }                                                                                                                  \
-    target static void whole_input(const float* patch, int64_t row, int64_t column, int64_t vectors, int16_t* to,      \
-                                   int64_t n) {                                                                        \
-      Of::input(patch, row, column, vectors, to, n);                                                                   \
-    }                                                                                                                  \
-    target static void whole_output(const int32_t* sums, int64_t stride, float* to, int64_t channel, int64_t row) {    \
-      Of::output(sums, stride, to, channel, row);                                                                      \
-    }                                                                                                                  \
-    static constexpr WinogradKernels kernels{input, weight, output};                                                   \
-    static constexpr WholeKernels whole{whole_input, weight, whole_output};                                            \
-    static constexpr WinogradGradKernels grad_kernels{cotangent, taps};                                                \
+#define FASTGAN_WINOGRAD(name, target, bytes)                                                                        \
+  template <int M, typename Down, typename Across>                                                                   \
+  struct name {                                                                                                      \
+    using Of = Transforms<register_t<float, bytes>, M, Down, Across>;                                                \
+    target static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n, \
+                             int64_t next) {                                                                         \
+      Of::input(patch, row, column, vectors, to, n, next);                                                           \
+    }                                                                                                                \
+    target static void weight(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t n) {  \
+      Of::weight(taps, positions, vectors, to, n);                                                                   \
+    }                                                                                                                \
+    target static void output(const float* sums, int64_t stride, int64_t next, float* to, int64_t channel,           \
+                              int64_t row) {                                                                         \
+      Of::output(sums, stride, next, to, channel, row);                                                              \
+    }                                                                                                                \
+    target static void cotangent(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,        \
+                                 int64_t n) {                                                                        \
+      Of::cotangent(patch, row, column, vectors, to, n);                                                             \
+    }                                                                                                                \
+    target static void taps(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n) { \
+      Of::taps(sums, row, column, vectors, to, n);                                                                   \
+    }                                                                                                                \
+    target static void whole_input(const float* patch, int64_t row, int64_t column, int64_t vectors, int16_t* to,    \
+                                   int64_t n, int64_t next) {                                                        \
+      Of::input(patch, row, column, vectors, to, n, next);                                                           \
+    }                                                                                                                \
+    target static void whole_output(const int32_t* sums, int64_t stride, int64_t next, float* to, int64_t channel,   \
+                                    int64_t row) {                                                                   \
+      Of::output(sums, stride, next, to, channel, row);                                                              \
+    }                                                                                                                \
+    static constexpr WinogradKernels kernels{input, weight, output};                                                 \
+    static constexpr WholeKernels whole{whole_input, weight, whole_output};                                          \
+    static constexpr WinogradGradKernels grad_kernels{cotangent, taps};                                              \
   };
 
 FASTGAN_WINOGRAD(Portable, , 16)

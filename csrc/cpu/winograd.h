@@ -18,14 +18,18 @@ namespace fastgan {
 // The transforms of one size, for the instruction set chosen at run time. They work on whole registers of channels;
 // `lines` of kGroup channels (channel_patch.h) hold at least `vectors` of them. Along an axis on which the kernel has a
 // single tap there is nothing to save: m values instead of t, the matrices are 1.
+//
+// A tile's values and sums are far apart, more than a processor foresees. Where `next` is not 0, those of the tile that
+// is transformed next, so far behind, are fetched meanwhile.
 struct WinogradKernels {
   // to[xi * to_stride + c] = (B^T d B)[xi], d[i][j] = patch[i * row + j * column + c], of one tile.
-  void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride);
+  void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride,
+                int64_t next);
   // to[xi * to_stride + c] = (G g G^T)[xi], g[k] = taps[positions[k] + c], for every tap.
   void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
   // to[c * channel + a * row + b] = (A^T s A)[a][b], s[xi] = sums[xi * stride + c], for kGroup channels; and 0 for m <=
   // b < 4, which the tile to the right overwrites.
-  void (*output)(const float* sums, int64_t stride, float* to, int64_t channel, int64_t row);
+  void (*output)(const float* sums, int64_t stride, int64_t next, float* to, int64_t channel, int64_t row);
 };
 
 // F(m x m, r x r), one of F(2,3), F(4,3), F(2,2), F(3,2); with r = 2 also for kernels of a single tap along an axis.
@@ -34,10 +38,11 @@ const WinogradKernels& winograd_kernels(int64_t m, int64_t r, bool single_y, boo
 // The same for integers, which stay exact: a patch and taps hold whole numbers as floats; values and sums are integers,
 // and weights are multiplied by `weight_factor`, which makes whole numbers of them.
 struct WholeKernels {
-  // `to` and `to_stride` count integers.
-  void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, int16_t* to, int64_t to_stride);
+  // `to`, `to_stride` and `next` count integers.
+  void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, int16_t* to, int64_t to_stride,
+                int64_t next);
   void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
-  void (*output)(const int32_t* sums, int64_t stride, float* to, int64_t channel, int64_t row);
+  void (*output)(const int32_t* sums, int64_t stride, int64_t next, float* to, int64_t channel, int64_t row);
 };
 
 // F(m x m, r x r), one of F(1,2), F(2,2), F(3,2), F(1,3), F(2,3); those of m = 1 are the plain sums.

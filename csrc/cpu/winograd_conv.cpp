@@ -117,14 +117,15 @@ class Call {
     int64_t value, matrix, sums;
   };
 
-  // Of one product: `rows` tiles from `tiles` on times some slabs' weights, `depth` words after the first `skip` of the
-  // chunk [first, first + count).
-  struct Panel {
+  // Of one product: tiles times `depth` words of some slabs' weights.
+  struct Chunk {
     const float* tiles;
-    int64_t rows, matrix, slab, first, count, skip, depth;
+    int64_t depth;
+    const char* weights;
     const std::vector<int32_t>& columns;
-    int64_t vectors, ahead;
+    int64_t vectors;
     float* sums;
+    bool overwrite;
   };
 
   const WinogradKernels& kernels_of(const WinogradPlan::Form& form) const {
@@ -140,7 +141,8 @@ class Call {
   void multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const;
   void multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
                         Buffers& b) const;
-  void multiply_panel(const Panel& p) const;
+  void multiply_chunk(const Chunk& chunk, int64_t tiles) const;
+  void multiply_panel(const Chunk& chunk, int64_t tile, int64_t rows, const Ahead& ahead) const;
   void transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const;
   void write_lines(const Block& block, int64_t channel, Buffers& b) const;
 
@@ -244,9 +246,9 @@ void Call::transform_line(const WinogradPlan::Form& form, const float* corner, i
   for (int64_t tile = tiles.first; tile < tiles.first + tiles.count; ++tile, corner += plan_.m * column) {
     float* const at = to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride;
     if (whole) {
-      whole->input(corner, row, column, vectors, reinterpret_cast<int16_t*>(at), 2 * value);
+      whole->input(corner, row, column, vectors, reinterpret_cast<int16_t*>(at), 2 * value, 2 * kPanelStride);
     } else {
-      floats->input(corner, row, column, vectors, at, value);
+      floats->input(corner, row, column, vectors, at, value, kPanelStride);
     }
   }
 }
@@ -280,61 +282,68 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
     }
     for (int64_t slab = 0; slab < slabs; slab += together) {
       const int64_t of_slabs = std::min(together, slabs - slab);
+      const char* const weights = weights_.at(product.matrix, first, count, first_slab + slab);
       for (int64_t k = 0; k < count; k += near) {
-        for (int64_t tile = 0; tile < tiles; tile += kPanelRows) {
-          multiply_panel({.tiles = from + tile * kPanelStride + k,
-                          .rows = std::min(kPanelRows, tiles - tile),
-                          .matrix = product.matrix,
-                          .slab = first_slab + slab,
-                          .first = first,
-                          .count = count,
-                          .skip = k,
-                          .depth = std::min(near, count - k),
-                          .columns = columns,
-                          .vectors = of_slabs * vectors,
-                          .ahead = of_slabs * std::min(near, count) * slab_,
-                          .sums = sums + tile * sum_row() + slab * slab_});
-        }
+        multiply_chunk({.tiles = from + k,
+                        .depth = std::min(near, count - k),
+                        .weights = weights + k * slab_ * weights_.word_bytes(),
+                        .columns = columns,
+                        .vectors = of_slabs * vectors,
+                        .sums = sums + slab * slab_,
+                        .overwrite = first + k == 0},
+                       tiles);
       }
     }
   }
 }
 
-void Call::multiply_panel(const Panel& p) const {
-  const auto weights_as = [&]<typename T>(Storage storage) -> const T* {
-    if (weights_.storage() != storage) return nullptr;
-    return weights_.at<T>(p.matrix, p.first, p.count, p.slab) + per_word_ * p.skip * slab_;
+// Meanwhile the weights that come after are fetched, evenly by all whole panels.
+void Call::multiply_chunk(const Chunk& chunk, int64_t tiles) const {
+  const int64_t bytes = chunk.vectors * lanes_ * chunk.depth * weights_.word_bytes();
+  const int64_t panels = std::max<int64_t>(tiles / kPanelRows, 1);
+  const int64_t fetches = panels * ceil_div(chunk.vectors, product_vectors()) * ceil_div(chunk.depth, kFetchSteps);
+  const char* weights = chunk.weights + bytes;
+  for (int64_t tile = 0; tile < tiles; tile += kPanelRows, weights += bytes / panels) {
+    multiply_panel(chunk, tile, std::min(kPanelRows, tiles - tile),
+                   {.panel = chunk.tiles + (tile + kPanelRows) * kPanelStride,
+                    .weights = weights,
+                    .lines = ceil_div(bytes, fetches * kFetchBytes)});
+  }
+}
+
+void Call::multiply_panel(const Chunk& chunk, int64_t tile, int64_t rows, const Ahead& ahead) const {
+  const auto weights_as = [&]<typename T>(Storage storage) {
+    return weights_.storage() == storage ? reinterpret_cast<const T*>(chunk.weights) : nullptr;
   };
-  const float* const next = p.tiles + kPanelSize;
+  const float* const tiles = chunk.tiles + tile * kPanelStride;
+  float* const sums = chunk.sums + tile * sum_row();
   if (quantization_) {
-    pair_products({.values = reinterpret_cast<const int32_t*>(p.tiles),
-                   .rows = p.rows,
+    pair_products({.values = reinterpret_cast<const int32_t*>(tiles),
+                   .rows = rows,
                    .step = slab_,
-                   .depth = p.depth,
+                   .depth = chunk.depth,
                    .weights = weights_as.operator()<int16_t>(Storage::kInt16),
                    .narrow_weights = weights_as.operator()<int8_t>(Storage::kInt8),
-                   .columns = p.columns.data(),
-                   .vectors = p.vectors,
-                   .sums = reinterpret_cast<int32_t*>(p.sums),
+                   .columns = chunk.columns.data(),
+                   .vectors = chunk.vectors,
+                   .sums = reinterpret_cast<int32_t*>(sums),
                    .sums_stride = sum_row(),
-                   .overwrite = p.first + p.skip == 0,
-                   .next = reinterpret_cast<const int32_t*>(next),
-                   .ahead = p.ahead});
+                   .overwrite = chunk.overwrite,
+                   .ahead = ahead});
   } else {
-    panel_products({.weights = p.tiles,
-                    .rows = p.rows,
+    panel_products({.weights = tiles,
+                    .rows = rows,
                     .offsets = nullptr,
                     .step = slab_,
-                    .depth = p.depth,
+                    .depth = chunk.depth,
                     .image = weights_as.operator()<float>(Storage::kFloat),
                     .narrow_image = weights_as.operator()<BFloat16>(Storage::kBfloat16),
-                    .columns = p.columns.data(),
-                    .vectors = p.vectors,
-                    .sums = p.sums,
+                    .columns = chunk.columns.data(),
+                    .vectors = chunk.vectors,
+                    .sums = sums,
                     .sums_stride = sum_row(),
-                    .overwrite = p.first + p.skip == 0,
-                    .next = next,
-                    .ahead = p.ahead});
+                    .overwrite = chunk.overwrite,
+                    .ahead = ahead});
   }
 }
 
@@ -349,9 +358,10 @@ void Call::transform_output(const Block& block, int64_t channel, const float* su
         const float* const from = sums + phase.first_product * sum_product() + (l * block.columns + c) * sum_row();
         float* const to = lines + l * plan_.m * line_row() + c * plan_.m;
         if (whole) {
-          whole->output(reinterpret_cast<const int32_t*>(from), sum_product(), to, line_channel(), line_row());
+          whole->output(reinterpret_cast<const int32_t*>(from), sum_product(), sum_row(), to, line_channel(),
+                        line_row());
         } else {
-          floats->output(from, sum_product(), to, line_channel(), line_row());
+          floats->output(from, sum_product(), sum_row(), to, line_channel(), line_row());
         }
       }
     }
@@ -368,6 +378,13 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
   const int64_t pixels = last ? conv_.w_out - x : block.columns * m * stride;
   for (int64_t o = 0; o < std::min(kGroup, conv_.c_out - channel); ++o) {
     for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
+      if (stride == 1 && line_row() == conv_.w_out) {
+        // Lines of y, all of them at once.
+        const int64_t rows = std::min(count * m, conv_.h_out - row * m);
+        b.writer.write(sample, channel + o, row * m * conv_.w_out, rows * conv_.w_out,
+                       b.lines.get() + o * line_channel() + done * m * line_row());
+        return;
+      }
       for (int64_t l = 0; l < count; ++l) {
         for (int64_t phase = 0; phase < phases_; phase += in_row) {
           for (int64_t a = 0; a < m; ++a) {

@@ -18,7 +18,7 @@
 #include "channel_patch.h"
 #include "large_buffer.h"
 #include "product.h"
-#include "simd.h"
+#include "quads.h"
 #include "winograd.h"
 
 namespace fastgan {
@@ -64,13 +64,11 @@ std::vector<int32_t> places(const Parts& parts, int64_t kernel) {
 }
 
 // to[o * row_stride + k] = from[places[k] + o], o and k < kQuad.
-using Quad = register_t<float, 16>;
-constexpr int64_t kQuad = 4;
 void transpose_quad(const float* from, const int32_t* places, float* to, int64_t row_stride) {
-  const Quad a = load<Quad>(from + places[0]), b = load<Quad>(from + places[1]), c = load<Quad>(from + places[2]),
-             d = load<Quad>(from + places[3]);
-  FASTGAN_UNROLL
-  for (int o = 0; o < kQuad; ++o) store(Quad{a[o], b[o], c[o], d[o]}, to + o * row_stride);
+  register_t<float, 16> rows[kQuad];
+  for (int k = 0; k < kQuad; ++k) rows[k] = load<register_t<float, 16>>(from + places[k]);
+  transpose_quads(rows);
+  for (int o = 0; o < kQuad; ++o) store(rows[o], to + o * row_stride);
 }
 
 class WeightGrad {
@@ -214,7 +212,7 @@ void WeightGrad::transform_x(const Segment& segment, int64_t group, const Scaled
     for (int64_t line = 0; line < segment.lines; ++line) {
       for (int64_t column = 0; column < tiles_w_; ++column, to += kGroup) {
         kernels.input(corner + line * tile_step * row + column * tile_step * kGroup, parts_.step * row,
-                      parts_.step * kGroup, kGroup / product_lanes(), to, x_value());
+                      parts_.step * kGroup, kGroup / product_lanes(), to, x_value(), 0);
       }
     }
   }

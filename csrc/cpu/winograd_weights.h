@@ -33,10 +33,12 @@ class WinogradWeights {
   Storage storage() const { return storage_; }
   int64_t depth() const { return depth_; }  // of the products, in words
 
-  // Of the chunk of `count` words from `first` on, in the storage that they are in.
-  template <typename T>
-  const T* at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
-    return reinterpret_cast<const T*>(data_->get()) + per_word_ * offset(matrix, first, count, slab);
+  // Of the chunk of `count` words from `first` on.
+  const char* at(int64_t matrix, int64_t first, int64_t count, int64_t slab) const {
+    return reinterpret_cast<const char*>(data_->get()) + word_bytes() * offset(matrix, first, count, slab);
+  }
+  int64_t word_bytes() const {
+    return per_word_ * (storage_ == Storage::kFloat ? 4 : storage_ == Storage::kInt8 ? 1 : 2);
   }
 
  private:
