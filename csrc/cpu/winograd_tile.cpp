@@ -22,6 +22,8 @@ namespace {
 // less where nothing is hashed), and of a call.
 constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
 constexpr double kHashCost = 3;
+// All of them where registers hold 16 floats, on an Ice Lake.
+constexpr double kWideCost = 0.88;
 // Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, of a value
 // of y that a transposed one scatters its products to, and of a call with the pass over its result.
 constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110, kTorchCallCost = 2.5e7;
@@ -50,8 +52,9 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, Keeping kee
   const double kept =
       (plan.divides_weights() ? kDividedCost : kKeptCost) - (keeping == Keeping::kFrozen ? kHashCost : 0);
   const double weight = keeping == Keeping::kNo ? kWeightCost : kept;
-  return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
-         plan.values * depth * tiles * kTileCost;
+  const double cost = kCallCost + plan.products * rows * tiles * (depth + kSumCost) +
+                      plan.weights * rows * depth * weight + plan.values * depth * tiles * kTileCost;
+  return product_lanes() == 16 ? kWideCost * cost : cost;
 }
 
 // Of integers: two products in one step of an instruction, and words of two channels to transform and to store.
