@@ -103,6 +103,30 @@ def test_dropped_weights_cannot_be_saved(tmp_path: Path) -> None:
         fast.save(tmp_path / "late.safetensors")
 
 
+def test_weights_are_dropped_while_loading(tmp_path: Path) -> None:
+    """Each of them behind its own layer: the next one is still there when the first is gone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 96, 3, padding=1))
+    x = torch.randn(1, 64, 32, 32)
+    infer.optimize(model, (x,)).save(tmp_path / "two.safetensors")
+    fast = infer.load(tmp_path / "two.safetensors", drop_weights=True)
+    whole = infer.load(tmp_path / "two.safetensors")
+    torch.testing.assert_close(fast(x), whole(x), rtol=0, atol=0)
+    dropped = fast.drop_weights()
+    assert 0 < dropped == whole.drop_weights() <= (64 + 96) * 64 * 9 * 4
+    assert fast.memory() == whole.memory()
+
+
+def test_weights_are_dropped_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)))
+    infer.optimize(model, (torch.randn(1, 64, 32, 32),)).save(tmp_path / "three.safetensors")
+    kept: list[int] = []
+    drop = infer.FastGenerator.drop_weights
+    monkeypatch.setattr(infer.FastGenerator, "drop_weights", lambda self: kept.append(drop(self)))
+    infer.load(tmp_path / "three.safetensors", drop_weights=True)
+    assert len(kept) == 3 and 0 < kept[0] < kept[1] < kept[2]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files that are wrong
 

@@ -26,7 +26,7 @@ from fastgan.infer.fuse import fuse, fuse_dense_blocks, fuse_reflections
 from fastgan.infer.lossy import LossyLayers
 from fastgan.infer.lower import lower, use_energies
 from fastgan.infer.narrow import NarrowWeights
-from fastgan.infer.plan import Chooser, hoist, make_program
+from fastgan.infer.plan import Chooser, Watch, hoist, make_program
 from fastgan.infer.quantize import QuantizedLayers
 from fastgan.infer.report import Memory, Report, Row, rows_of
 from fastgan.infer.run import Pool, Workspace
@@ -199,11 +199,17 @@ def _lossy_layers(module: fx.GraphModule, precision: str, calls: Sequence[Sequen
     return QuantizedLayers(module, calls, partial(is_worth_quantizing, precision=arithmetic_of(precision)))
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> FastGenerator:
+def load(path: str | Path, *, device: torch.device | str = "cpu", drop_weights: bool = False) -> FastGenerator:
     """Read what :meth:`FastGenerator.save` wrote; the model's own code is not needed.
 
     On the kind of machine that it was made on, the algorithms chosen there are used, elsewhere those of the cost model.
     It is called once, and what it answers must be what it answered when it was made.
+
+    Args:
+        path: the file.
+        device: where it shall run, the CPU or a GPU.
+        drop_weights: give back the memory of each weight as soon as that call has prepared it, so that at no time both
+            are there for all; see :meth:`FastGenerator.drop_weights`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -218,7 +224,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FastGenerat
         getattr(fast, name).update(facts[name])
     fast._sample = facts["sample"]
     with apart(device.type), fast.pool.borrow() as workspace:
-        check_sample(workspace, fast._sample, device, tolerance_on(device, precision))
+        after_step = (lambda number, value: fast.drop_weights()) if drop_weights else None
+        check_sample(workspace, fast._sample, device, tolerance_on(device, precision), after_step)
     return fast
 
 
@@ -359,7 +366,7 @@ class FastGenerator(nn.Module):
         facts["sample"] = self._sample
         files.save(Path(path), self._captured, self.program, facts)
 
-    def _run(self, inputs: list[Tensor], watch: Callable[[int, Any], None] | None = None) -> list[Any]:
+    def _run(self, inputs: list[Tensor], watch: Watch | None = None) -> list[Any]:
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self._run(inputs, watch)

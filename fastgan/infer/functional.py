@@ -3,14 +3,14 @@ without the CPU library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fastgan import backends
-from fastgan.infer.plan import Program, Slot
+from fastgan.infer.plan import Program, Slot, Watch
 
 # Calls before a CUDA graph is captured: Triton compiles and tunes in them, torch makes its handles.
 _WARM_UP = 3
@@ -30,8 +30,8 @@ class Functional:
         module.recompile()
         self._numbers = {step.node: number for number, step in enumerate(program.steps)}
 
-    def run(self, inputs: Sequence[Tensor], watch: Callable[[int, Any], None] | None = None) -> list[Any]:
-        """The results of a call; ``watch`` sees each step's number and value."""
+    def run(self, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Any]:
+        """The results of a call."""
         with backends.precision(self.precision):
             if watch is None:
                 results = self.module(*inputs)
@@ -42,7 +42,7 @@ class Functional:
 
 
 class _Watched(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, numbers: dict[fx.Node, int], watch: Callable[[int, Any], None]) -> None:
+    def __init__(self, module: fx.GraphModule, numbers: dict[fx.Node, int], watch: Watch) -> None:
         super().__init__(module)
         self.numbers, self.watch = numbers, watch
 
@@ -63,7 +63,7 @@ class CudaGraph(Functional):
         self._results: list[Any] = []
         self._graph = torch.cuda.CUDAGraph()
 
-    def run(self, inputs: Sequence[Tensor], watch: Callable[[int, Any], None] | None = None) -> list[Any]:
+    def run(self, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Any]:
         if watch is not None:
             return super().run(inputs, watch)
         if self._inputs is None:

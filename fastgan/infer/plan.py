@@ -107,6 +107,8 @@ class Program:
 
 
 Chooser = Callable[[fx.Node], Choice | None]
+# Sees each step's number and value, as soon as it is computed.
+Watch = Callable[[int, Any], None]
 
 
 def make_program(module: fx.GraphModule, choose: Chooser, precision: str) -> Program:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgan.infer.functional import Functional
-from fastgan.infer.plan import Program, Slot, Step, View
+from fastgan.infer.plan import Program, Slot, Step, View, Watch
 
 
 class Workspace:
@@ -64,8 +64,8 @@ class Workspace:
             return type(value)([self._filled(item, values) for item in value])
         return value
 
-    def run(self, inputs: Sequence[Tensor], watch: Callable[[int, Tensor], None] | None = None) -> list[Any]:
-        """The results of a call; ``watch`` sees each step's number and value."""
+    def run(self, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Any]:
+        """The results of a call."""
         program, values = self.program, list(self.values)
         for (slot, _, _), value in zip(program.inputs, inputs, strict=True):
             values[slot] = value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fastgan.infer.functional import Functional
+from fastgan.infer.plan import Watch
 from fastgan.infer.run import Workspace
 
 # Of the largest value. Winograd's tiles are within 1e-5 in each layer (measured, bench/precision.py); what later layers
@@ -99,10 +100,10 @@ def _noise(shape: Sequence[int], dtype: torch.dtype, mean: float, deviation: flo
     return (noise * deviation + mean).to(dtype)
 
 
-def results_of(workspace: Workspace | Functional, inputs: Sequence[Tensor]) -> list[Any]:
+def results_of(workspace: Workspace | Functional, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Any]:
     """What a call returns; noise that it draws is the same each time."""
     with same_noise():
-        return workspace.run(inputs)
+        return workspace.run(inputs, watch)
 
 
 def largest_difference(got: Sequence[Any], expected: Sequence[Any]) -> float:
@@ -149,21 +150,28 @@ def take_sample(workspace: Workspace | Functional, inputs: Sequence[Tensor]) -> 
 
 
 def _sampled(
-    workspace: Workspace | Functional, moments: Sequence[Sequence[float]], device: torch.device
+    workspace: Workspace | Functional,
+    moments: Sequence[Sequence[float]],
+    device: torch.device,
+    watch: Watch | None = None,
 ) -> list[list[float]]:
     expected = workspace.program.inputs
     made = [_noise(i[1], i[2], *m).to(device) for i, m in zip(expected, moments, strict=True)]
-    results = [value for value in results_of(workspace, made) if isinstance(value, Tensor) and value.numel() > 0]
+    results = [value for value in results_of(workspace, made, watch) if isinstance(value, Tensor) and value.numel() > 0]
     return [value.flatten()[:: max(1, value.numel() // _SAMPLES)].double().tolist() for value in results]
 
 
 def check_sample(
-    workspace: Workspace | Functional, sample: dict[str, Any], device: torch.device, tolerance: float
+    workspace: Workspace | Functional,
+    sample: dict[str, Any],
+    device: torch.device,
+    tolerance: float,
+    watch: Watch | None = None,
 ) -> None:
-    """Raises Mismatch where the call of :func:`take_sample` now has other results."""
+    """Raises Mismatch where the call of :func:`take_sample` now has other results; ``watch`` as of a run."""
     if not sample:
         return
-    for got, expected in zip(_sampled(workspace, sample["moments"], device), sample["values"], strict=True):
+    for got, expected in zip(_sampled(workspace, sample["moments"], device, watch), sample["values"], strict=True):
         apart = difference(torch.tensor(got, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64))
         if apart > tolerance:
             raise Mismatch(
