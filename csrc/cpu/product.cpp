@@ -98,7 +98,8 @@ FASTGAN_INLINE void any_panel_of(const PanelProducts& p, const T* image) {
     case 5:
       return panel<V, 5, 2 * kWide>(p, image);
     default:
-      return p.ahead.panel ? panel<V, kPanelRows, 2 * kWide, true>(p, image) : panel<V, kPanelRows, 2 * kWide>(p, image);
+      return p.ahead.panel ? panel<V, kPanelRows, 2 * kWide, true>(p, image)
+                           : panel<V, kPanelRows, 2 * kWide>(p, image);
   }
 }
 
