@@ -22,12 +22,12 @@ namespace {
 // less where nothing is hashed), and of a call.
 constexpr double kWeightCost = 45, kKeptCost = 18, kDividedCost = 11, kTileCost = 24, kSumCost = 32, kCallCost = 2e7;
 constexpr double kHashCost = 3;
-// All of them where registers hold 16 floats, on an Ice Lake.
-constexpr double kWideCost = 0.88;
 // Convolution by torch's own kernels, which order the weights anew in every call: of a product, of a weight, of a value
 // of y that a transposed one scatters its products to, and of a call with the pass over its result.
 constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110, kTorchCallCost = 2.5e7;
 constexpr double kCostPerMs = 60e6;
+// Where registers hold 16 floats, on an Ice Lake.
+constexpr double kWideCostPerMs = 68e6;
 // The same for integers.
 constexpr double kWholeProductCost = 0.67, kWholeSumCost = 27, kWholeCost = 4, kWholeTileCost = 19,
                  kWholeCallCost = 3e6;
@@ -39,6 +39,8 @@ constexpr int64_t kLargestInput = 255, kLargestWeight = 127;
 // is 2.6e-6 to 7.5e-6 whatever the layer, up to 20 times that of torch's convolution, which lies anywhere from 2e-7 to
 // 4e-6; that of tiles of 2 and 3 is at most 1.3e-6 and 2.5 times torch's.
 constexpr int64_t kLargestHighTile = 3;
+
+double cost_per_ms() { return product_lanes() == 16 ? kWideCostPerMs : kCostPerMs; }
 
 double direct_cost(const ConvPlan& conv) {
   const double pixels = static_cast<double>(conv.n) * conv.base_h * conv.base_w;
@@ -52,9 +54,8 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, Keeping kee
   const double kept =
       (plan.divides_weights() ? kDividedCost : kKeptCost) - (keeping == Keeping::kFrozen ? kHashCost : 0);
   const double weight = keeping == Keeping::kNo ? kWeightCost : kept;
-  const double cost = kCallCost + plan.products * rows * tiles * (depth + kSumCost) +
-                      plan.weights * rows * depth * weight + plan.values * depth * tiles * kTileCost;
-  return product_lanes() == 16 ? kWideCost * cost : cost;
+  return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
+         plan.values * depth * tiles * kTileCost;
 }
 
 // Of integers: two products in one step of an instruction, and words of two channels to transform and to store.
@@ -132,12 +133,12 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   const ConvPlan conv(x, weight, g);
   const int64_t per_axis = taps_per_axis(conv, weight.size(2)), r = per_axis == 3 ? 3 : 2;
   int64_t best = 0;
-  double least = rival_ms ? *rival_ms * kCostPerMs : direct_cost(conv);
+  double least = rival_ms ? *rival_ms * cost_per_ms() : direct_cost(conv);
   const bool tiny = least < kCallCost;
   if (!rival_ms) {
     // What direct_conv serves has no such pass.
     if (refused_by_direct_conv(x, weight, g)) least += kTorchCallCost;
-    tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / kCostPerMs});
+    tell({.algorithm = Algorithm::kTorch, .predicted_ms = least / cost_per_ms()});
   }
   if (tiny) {
     tell({.algorithm = Algorithm::kWinograd, .refusal = {"it costs more per call than the rest would in all"}});
@@ -146,7 +147,7 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, const ConvGeometry&
   const Keeping keeping = keeping_of(weight.const_data_ptr<float>());
   for (const int64_t m : {int64_t{2}, int64_t{r == 3 ? 4 : 3}}) {
     const double cost = winograd_cost(conv, WinogradPlan(conv, per_axis, m), keeping);
-    Candidate candidate{.algorithm = Algorithm::kWinograd, .m = m, .r = r, .predicted_ms = cost / kCostPerMs};
+    Candidate candidate{.algorithm = Algorithm::kWinograd, .m = m, .r = r, .predicted_ms = cost / cost_per_ms()};
     if (high && m > kLargestHighTile) {
       candidate.refusal = {"precision high takes tiles of at most #: its error would not stay within 3x torch's",
                            kLargestHighTile};
