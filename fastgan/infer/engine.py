@@ -209,7 +209,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", drop_weights: 
         path: the file.
         device: where it shall run, the CPU or a GPU.
         drop_weights: give back the memory of each weight as soon as that call has prepared it, so that at no time both
-            are there for all; see :meth:`FastGenerator.drop_weights`.
+            are there for all; see :meth:`FastGenerator.drop_weights`. Of a model with inputs that are no floating-point
+            numbers there is no such call; then it is for you to call that method after the first one.
 
     Raises:
         FileNotFoundError: there is no such file.
