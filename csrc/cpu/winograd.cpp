@@ -143,18 +143,21 @@ template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, ty
 FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across, At&& at,
                               int64_t vectors, To* to, int64_t to_stride) {
   for (int64_t v = 0; v < vectors; ++v) {
-    V values[kDown * kAcross], half[kDownRows * kAcross], results[kDownRows * kAcrossRows];
+    V half[kDownRows * kAcross];
     FASTGAN_UNROLL
-    for (int k = 0; k < kDown * kAcross; ++k) {
-      values[k] = load_floats<V>(at(k / kAcross, k % kAcross) + v * kLanes<V>);
+    for (int j = 0; j < kAcross; ++j) {
+      V column[kDown];
+      FASTGAN_UNROLL
+      for (int i = 0; i < kDown; ++i) column[i] = load_floats<V>(at(i, j) + v * kLanes<V>);
+      multiply(down, column, 1, half + j, kAcross);
     }
     FASTGAN_UNROLL
-    for (int j = 0; j < kAcross; ++j) multiply(down, values + j, kAcross, half + j, kAcross);
-    FASTGAN_UNROLL
-    for (int i = 0; i < kDownRows; ++i) multiply(across, half + i * kAcross, 1, results + i * kAcrossRows, 1);
-    FASTGAN_UNROLL
-    for (int k = 0; k < kDownRows * kAcrossRows; ++k) {
-      store_floats(results[k], to + k * to_stride + v * kLanes<V>);
+    for (int i = 0; i < kDownRows; ++i) {
+      V row[kAcrossRows];
+      multiply(across, half + i * kAcross, 1, row, 1);
+      FASTGAN_UNROLL
+      for (int j = 0; j < kAcrossRows; ++j)
+        store_floats(row[j], to + (i * kAcrossRows + j) * to_stride + v * kLanes<V>);
     }
   }
 }
