@@ -47,7 +47,8 @@ inline bool give_back_pages(void* from, size_t bytes) {
 class LargeBuffer {
  public:
   LargeBuffer() = default;
-  // `lasting`: to be read for long.
+  // `lasting`: to be read for long, so it has pages of its own: between what calls need for a while, malloc would leave
+  // holes.
   explicit LargeBuffer(int64_t count, bool lasting = false);
   ~LargeBuffer();
   LargeBuffer(LargeBuffer&& other) noexcept { swap(other); }
@@ -63,10 +64,27 @@ class LargeBuffer {
   void swap(LargeBuffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
+    std::swap(block_, other.block_);
   }
 
   float* data_ = nullptr;
   size_t bytes_ = 0;
+  void* block_ = nullptr;  // malloc's; null: pages of its own
+};
+
+// Of what a call fills and reads, at least `count` uninitialised floats. The largest one waits for the next call, so
+// that it has its pages and is near.
+class CallBuffer {
+ public:
+  explicit CallBuffer(int64_t count);
+  ~CallBuffer();
+  CallBuffer(const CallBuffer&) = delete;
+  CallBuffer& operator=(const CallBuffer&) = delete;
+
+  const LargeBuffer& operator*() const { return buffer_; }
+
+ private:
+  LargeBuffer buffer_;
 };
 
 }  // namespace fastgan

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 
 #include "channel_patch.h"
 #include "kept_weights.h"
@@ -12,6 +13,7 @@ namespace fastgan {
 namespace {
 
 constexpr int64_t kMostMatrices = 36;  // of a phase, those of F(4 x 4, 3 x 3)
+constexpr int64_t kChannels = 16;      // input channels of a task
 
 bool is_whole(Storage storage) { return channels_per_word(storage) == 2; }
 
@@ -40,71 +42,92 @@ WinogradWeights::WinogradWeights(const ConvPlan& conv, const WinogradPlan& plan,
       per_word_(channels_per_word(storage)),
       depth_(plan.depth / per_word_),
       slab_(slab_size(conv.c_out, storage)),
+      slabs_(ceil_div(conv.c_out, slab_)),
       together_(together),
       size_(depth_ * together * slab_ + kCacheLine) {
+  const auto kept = [&](std::vector<int64_t> key, const std::function<LargeBuffer()>& make) {
+    for (int64_t i = 0; i < 4; ++i) key.push_back(weight.size(i));
+    key.push_back(weight.stride(0));
+    return made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key, make);
+  };
+  if (transforms_in_calls(weight)) {
+    // No tile is 0.
+    const auto kernels = kept({0, slab_, g.transposed}, [&] { return kernels_of(weight, g, true); });
+    const auto buffer = std::make_shared<const CallBuffer>(words());
+    transform(*kernels, **buffer);
+    data_ = {buffer, &**buffer};
+    return;
+  }
   // The phases that there are, whose first taps decide where tiles start: a result of one line has one row of them.
-  const std::vector<int64_t> key{plan.m,
-                                 static_cast<int64_t>(storage),
-                                 together,
-                                 std::min(conv.out_stride, conv.h_out),
-                                 std::min(conv.out_stride, conv.w_out),
-                                 g.transposed,
-                                 g.stride[0],
-                                 g.padding[0],
-                                 g.padding[1],
-                                 weight.size(0),
-                                 weight.size(1),
-                                 weight.size(2),
-                                 weight.stride(0)};
-  data_ = made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key,
-                  [&] { return transformed(weight, g); });
+  data_ = kept({plan.m, static_cast<int64_t>(storage), together, std::min(conv.out_stride, conv.h_out),
+                std::min(conv.out_stride, conv.w_out), g.transposed, g.stride[0], g.padding[0], g.padding[1]},
+               [&] {
+                 const bool half = storage == Storage::kBfloat16 || storage == Storage::kInt8;
+                 LargeBuffer to(half ? ceil_div(words(), 2) : words(), true);
+                 transform(kernels_of(weight, g, false), to);
+                 return to;
+               });
 }
 
-int64_t WinogradWeights::kernel_size() const { return (conv_.taps + 1) * kGroup; }
+bool WinogradWeights::transforms_in_calls(const Tensor& weight) const {
+  constexpr int64_t kFew = 64 << 10;  // floats, which stay in the second-level cache
+  return storage_ == Storage::kFloat && words() > kFew && !plan_.divides_weights() &&
+         is_kept(weight.const_data_ptr<float>());
+}
 
-LargeBuffer WinogradWeights::transformed(const Tensor& weight, const ConvGeometry& g) const {
+LargeBuffer WinogradWeights::kernels_of(const Tensor& weight, const ConvGeometry& g, bool lasting) const {
   const LargeBuffer widened = is_whole(storage_) ? as_floats(weight) : LargeBuffer();
   const float* const values = is_whole(storage_) ? widened.get() : weight.const_data_ptr<float>();
   const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
-  const int64_t slabs = ceil_div(conv_.c_out, slab_), groups = slab_ / kGroup;
-  const int64_t words = ceil_div(slabs, together_) * plan_.weights * size_;
-  const bool half = storage_ == Storage::kBfloat16 || storage_ == Storage::kInt8;
-  LargeBuffer result(half ? ceil_div(words, 2) : words, true);
-  constexpr int64_t kChannels = 16;
-  const std::vector<float> ones(kGroup, 1.0f);
-  torch::stable::parallel_for(0, slabs * groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> kernels(kChannels * kernel_size());  // a tap of zeros behind each
+  LargeBuffer result(slabs_ * plan_.part_depth * kernel_size(), lasting);
+  torch::stable::parallel_for(0, slabs_ * plan_.part_depth, kChannels, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t slab = task / groups, place = task % groups * kGroup, o = slab * slab_ + place;
-      for (int64_t first = 0; first < plan_.part_depth; first += kChannels) {
-        const int64_t count = std::min(kChannels, plan_.part_depth - first);
-        for (int64_t i = 0; i < count; ++i) {
-          gather_channels({.from = values + o * row + (first + i) * channel,
-                           .channel = row,
-                           .pixel = 1,
-                           .channels = first + i < conv_.c_in ? std::clamp<int64_t>(conv_.c_out - o, 0, kGroup) : 0,
-                           .pixels = conv_.taps,
-                           .scale = ones.data(),
-                           .to = kernels.data() + i * kernel_size()});
-        }
-        transform_group(kernels.data(), slab, place, first, count, result);
-      }
+      lay_out(values, row, channel, task / plan_.part_depth, task % plan_.part_depth,
+              result.get() + task * kernel_size());
     }
   });
   return result;
 }
 
-void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
-                                      const LargeBuffer& to) const {
+void WinogradWeights::lay_out(const float* weight, int64_t row, int64_t channel, int64_t slab, int64_t input,
+                              float* to) const {
+  static const std::vector<float> ones(kGroup, 1.0f);
+  for (int64_t place = 0; place < slab_; place += kGroup) {
+    const int64_t output = slab * slab_ + place;
+    gather_channels({.from = weight + output * row + input * channel,
+                     .channel = row,
+                     .pixel = 1,
+                     .channels = input < conv_.c_in ? std::clamp<int64_t>(conv_.c_out - output, 0, kGroup) : 0,
+                     .pixels = conv_.taps,
+                     .scale = ones.data(),
+                     .to = to + place,
+                     .to_pixel = slab_});
+  }
+  std::fill_n(to + conv_.taps * slab_, slab_, 0.0f);
+}
+
+void WinogradWeights::transform(const LargeBuffer& kernels, const LargeBuffer& to) const {
+  const int64_t steps = ceil_div(plan_.part_depth, kChannels);
+  torch::stable::parallel_for(0, slabs_ * steps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slab = task / steps, first = task % steps * kChannels;
+      transform_slab(kernels.get() + (slab * plan_.part_depth + first) * kernel_size(), slab, first,
+                     std::min(kChannels, plan_.part_depth - first), to);
+    }
+  });
+}
+
+void WinogradWeights::transform_slab(const float* kernels, int64_t slab, int64_t first, int64_t count,
+                                     const LargeBuffer& to) const {
   for (const auto& phase : plan_.phases) {
     for (size_t part = 0; part < plan_.parts.size(); ++part) {
       std::vector<int64_t> positions(phase.of_part[part]);
-      for (int64_t& position : positions) position *= kGroup;
+      for (int64_t& position : positions) position *= slab_;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t channel = static_cast<int64_t>(part) * plan_.part_depth + first + i, k = channel / per_word_,
                       chunk = k / kPanelDepth * kPanelDepth, length = std::min(kPanelDepth, depth_ - chunk);
         const int64_t at = offset(phase.first_weight, chunk, length, slab) + (k - chunk) * slab_;
-        transform_channel(plan_.forms[phase.form], kernels + i * kernel_size(), positions.data(), at, place,
+        transform_channel(plan_.forms[phase.form], kernels + i * kernel_size(), positions.data(), at,
                           channel % per_word_, to);
       }
     }
@@ -112,24 +135,27 @@ void WinogradWeights::transform_group(const float* kernels, int64_t slab, int64_
 }
 
 void WinogradWeights::transform_channel(const WinogradPlan::Form& form, const float* kernel, const int64_t* positions,
-                                        int64_t at, int64_t place, int64_t half, const LargeBuffer& to) const {
-  const int64_t vectors = kGroup / product_lanes(), matrices = plan_.matrices_of(form);
+                                        int64_t at, int64_t half, const LargeBuffer& to) const {
   const auto transform = is_whole(storage_) ? whole_kernels(plan_.m, plan_.r, form.single_y, form.single_x).weight
                                             : winograd_kernels(plan_.m, plan_.r, form.single_y, form.single_x).weight;
   if (storage_ == Storage::kFloat) {
-    transform(kernel, positions, vectors, to.get() + at + place, size_);
+    transform(kernel, positions, slab_ / product_lanes(), to.get() + at, size_);
     return;
   }
   std::array<float, kMostMatrices * kGroup> values;
-  transform(kernel, positions, vectors, values.data(), kGroup);
-  const int64_t word = 2 * (at + place) + half;
-  switch (storage_) {
-    case Storage::kBfloat16:
-      return store_bf16(values.data(), matrices, place, bf16_of(to) + at);
-    case Storage::kInt16:
-      return store_whole(values.data(), matrices, reinterpret_cast<int16_t*>(to.get()) + word);
-    default:
-      return store_whole(values.data(), matrices, reinterpret_cast<int8_t*>(to.get()) + word);
+  for (int64_t place = 0; place < slab_; place += kGroup) {
+    transform(kernel + place, positions, kGroup / product_lanes(), values.data(), kGroup);
+    const int64_t matrices = plan_.matrices_of(form), word = 2 * (at + place) + half;
+    switch (storage_) {
+      case Storage::kBfloat16:
+        store_bf16(values.data(), matrices, place, bf16_of(to) + at);
+        break;
+      case Storage::kInt16:
+        store_whole(values.data(), matrices, reinterpret_cast<int16_t*>(to.get()) + word);
+        break;
+      default:
+        store_whole(values.data(), matrices, reinterpret_cast<int8_t*>(to.get()) + word);
+    }
   }
 }
 

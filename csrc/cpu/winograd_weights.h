@@ -1,4 +1,6 @@
-// Weights of Winograd's products: transformed, stored as it is asked for, and kept with the weight (kept_weights.h).
+// Weights of Winograd's products: transformed, stored as it is asked for, and kept with the weight (kept_weights.h). Of
+// many floats, up to four times the weight, only the kernels are kept, laid out for it, and transformed anew in every
+// call: that takes no longer than reading so much more from memory.
 #pragma once
 
 #include <memory>
@@ -47,16 +49,23 @@ class WinogradWeights {
            slab % together_ * count * slab_;
   }
 
-  int64_t kernel_size() const;
-  LargeBuffer transformed(const Tensor& weight, const ConvGeometry& g) const;
+  int64_t words() const { return ceil_div(slabs_, together_) * plan_.weights * size_; }
+  // Of [slab, input channel, taps + 1, slab]: the last tap is 0.
+  int64_t kernel_size() const { return (conv_.taps + 1) * slab_; }
 
-  // Those of kGroup output channels from `place` on of a slab, and of input channels [first, first + count), from
-  // their kernels [count, taps + 1, kGroup].
-  void transform_group(const float* kernels, int64_t slab, int64_t place, int64_t first, int64_t count,
-                       const LargeBuffer& to) const;
+  // Whether to keep the kernels alone.
+  bool transforms_in_calls(const Tensor& weight) const;
+  // `lasting`: to be read in other calls as well.
+  LargeBuffer kernels_of(const Tensor& weight, const ConvGeometry& g, bool lasting) const;
+  void transform(const LargeBuffer& kernels, const LargeBuffer& to) const;
+
+  // The kernel of one input channel and a slab's output channels, of a weight [output * row + input * channel].
+  void lay_out(const float* weight, int64_t row, int64_t channel, int64_t slab, int64_t input, float* to) const;
+  // Those of input channels [first, first + count) of a slab.
+  void transform_slab(const float* kernels, int64_t slab, int64_t first, int64_t count, const LargeBuffer& to) const;
   // Those of one phase and one input channel.
   void transform_channel(const WinogradPlan::Form& form, const float* kernel, const int64_t* positions, int64_t at,
-                         int64_t place, int64_t half, const LargeBuffer& to) const;
+                         int64_t half, const LargeBuffer& to) const;
   // `matrices` of them, [matrix, kGroup], to their place in each matrix.
   void store_bf16(const float* values, int64_t matrices, int64_t place, BFloat16* to) const;
   template <typename T>
@@ -65,7 +74,7 @@ class WinogradWeights {
   const ConvPlan& conv_;
   const WinogradPlan& plan_;
   const Storage storage_;
-  const int64_t per_word_, depth_, slab_, together_, size_;
+  const int64_t per_word_, depth_, slab_, slabs_, together_, size_;
   std::shared_ptr<const LargeBuffer> data_;
 };
 
