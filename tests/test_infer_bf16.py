@@ -150,7 +150,8 @@ def test_both_storages_of_one_weight_are_kept_apart_and_outlive_its_values(algor
         assert torch.equal(wide, convolve(x, values, algorithm, tile, "fp32", padding=1))
         assert not torch.equal(wide, narrow)
         if algorithm == "winograd":
-            assert library.fastgan_made_bytes(weight.data_ptr()) == pytest.approx(3 * of_narrow, rel=1e-3)
+            # Each in whole pages.
+            assert library.fastgan_made_bytes(weight.data_ptr()) == pytest.approx(3 * of_narrow, abs=2 * 4096)
         assert library.fastgan_drop_weight(weight.data_ptr(), weight.numel() * 4)
         assert torch.equal(narrow, convolve(x, weight, algorithm, tile, "bf16", padding=1))
     finally:

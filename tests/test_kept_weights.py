@@ -76,8 +76,12 @@ LAYER = Layer((2, 128, 19, 20), (128, 128, 3, 3), {"padding": 1})
 SAME = {
     "3x3": LAYER,
     "3x3, few channels more": Layer((2, 131, 23, 24), (130, 131, 3, 3), {"padding": 1}),
+    "3x3, many weights and few tiles": Layer((1, 330, 24, 24), (520, 330, 3, 3), {"padding": 1}),
     "2x2": Layer((2, 128, 32, 33), (128, 128, 2, 2)),
     "4x4 stride 2 transposed": Layer((2, 128, 33, 34), (128, 128, 4, 4), {"stride": 2, "transposed": True}),
+    "3x3 stride 2 transposed, many weights": Layer(
+        (1, 330, 20, 20), (330, 520, 3, 3), {"stride": 2, "transposed": True}
+    ),
     "6x6 stride 2": Layer((2, 67, 48, 49), (129, 67, 6, 6), {"stride": 2, "padding": 2}),
 }
 # A kept weight pays for larger tiles.

@@ -439,7 +439,7 @@ Tensor convolve_few_pixels(const Tensor& x, const Tensor& weight, const std::opt
     // Of Winograd's keys none is as short.
     const auto kept =
         made_of(weight.const_data_ptr<float>(), weight.numel(), {g.transposed, weight.size(0), weight.size(1)},
-                [&] { return narrowed(weight, g.transposed); });
+                [&](bool) { return narrowed(weight, g.transposed); });
     run(bf16_of(*kept), float());
   }
   return y;

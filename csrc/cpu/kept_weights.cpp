@@ -80,9 +80,9 @@ Keeping keeping_of(const float* weight) {
 }
 
 std::shared_ptr<const LargeBuffer> made_of(const float* weight, int64_t count, const std::vector<int64_t>& key,
-                                           const std::function<LargeBuffer()>& make) {
+                                           const std::function<LargeBuffer(bool)>& make) {
   const Keeping keeping = keeping_of(weight);
-  if (keeping == Keeping::kNo) return std::make_shared<LargeBuffer>(make());
+  if (keeping == Keeping::kNo) return std::make_shared<LargeBuffer>(make(false));
   const uint64_t hash = keeping == Keeping::kFrozen ? 0 : hash_of(weight, count);
   {
     const std::lock_guard lock(mutex);
@@ -101,7 +101,7 @@ std::shared_ptr<const LargeBuffer> made_of(const float* weight, int64_t count, c
     }
   }
   // Outside the lock: other threads go on, and at worst make the same.
-  auto made = std::make_shared<const LargeBuffer>(make());
+  auto made = std::make_shared<const LargeBuffer>(make(true));
   const std::lock_guard lock(mutex);
   const auto found = kept.find(weight);
   if (found != kept.end() && found->second.hash == hash) found->second.made[key] = made;

@@ -24,9 +24,10 @@ enum class Keeping { kNo, kHashed, kFrozen };
 Keeping keeping_of(const float* weight);
 inline bool is_kept(const float* weight) { return keeping_of(weight) != Keeping::kNo; }
 
-// What make() makes of a weight of `count` values, which `key` tells from everything else that is made of it. A weight
-// that is kept and has changed, as one in training does, is kept no longer. Raises for one whose values were dropped.
+// What make(lasting) makes of a weight of `count` values, which `key` tells from everything else that is made of it;
+// `lasting` is whether it is kept. A weight that is kept and has changed, as one in training does, is kept no longer.
+// Raises for one whose values were dropped.
 std::shared_ptr<const LargeBuffer> made_of(const float* weight, int64_t count, const std::vector<int64_t>& key,
-                                           const std::function<LargeBuffer()>& make);
+                                           const std::function<LargeBuffer(bool)>& make);
 
 }  // namespace fastgan

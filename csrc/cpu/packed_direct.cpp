@@ -145,7 +145,7 @@ class Call {
 
   bool meets_pixel(const Tap& tap) const;
   PhaseTaps taps_of(const Phase& phase, int64_t first) const;
-  LargeBuffer packed(const Tensor& weight, const ConvGeometry& g) const;
+  LargeBuffer packed(const Tensor& weight, const ConvGeometry& g, bool lasting) const;
   void pack_slab(const Source* from, int64_t row, int64_t channel, int64_t slab, const LargeBuffer& to) const;
   int64_t word_bytes() const { return storage_ == Storage::kBfloat16 ? sizeof(BFloat16) : sizeof(Word); }
   int64_t weight_bytes() const { return slabs_ * words_of_slab_ * slab_ * word_bytes(); }
@@ -195,8 +195,8 @@ Call<Word>::Call(const ConvPlan& plan, const Tensor& weight, const ConvGeometry&
     key.push_back(-1);
     key.insert(key.end(), taps_.back().kernel.begin(), taps_.back().kernel.end());
   }
-  weights_ =
-      made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key, [&] { return packed(weight, g); });
+  weights_ = made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key,
+                     [&](bool lasting) { return packed(weight, g, lasting); });
 }
 
 template <typename Word>
@@ -231,10 +231,10 @@ typename Call<Word>::PhaseTaps Call<Word>::taps_of(const Phase& phase, int64_t f
 }
 
 template <typename Word>
-LargeBuffer Call<Word>::packed(const Tensor& weight, const ConvGeometry& g) const {
+LargeBuffer Call<Word>::packed(const Tensor& weight, const ConvGeometry& g, bool lasting) const {
   const auto* const from = static_cast<const Source*>(weight.data_ptr());
   const int64_t row = weight.stride(g.transposed ? 1 : 0), channel = weight.stride(g.transposed ? 0 : 1);
-  LargeBuffer result(weight_bytes() / sizeof(float) + (kBytes ? phases_ * slabs_ * slab_ : 0), true);
+  LargeBuffer result(weight_bytes() / sizeof(float) + (kBytes ? phases_ * slabs_ * slab_ : 0), lasting);
   torch::stable::parallel_for(0, slabs_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slab = begin; slab < end; ++slab) pack_slab(from, row, channel, slab, result);
   });

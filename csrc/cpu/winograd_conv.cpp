@@ -29,12 +29,14 @@ struct Blocking {
 
 // A block is as large as stays in the second-level cache, if that is enough tiles to read the weights for. Else it has
 // so many that reading them costs little: fewer for weights that stay in the third-level cache. Where weights that do
-// not meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself.
-Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, int64_t depth, int64_t slab, int64_t threads) {
+// not meet few tiles, all are one block, whose weights the threads divide: each transforms the tiles for itself, and
+// where it transforms its weights as well, takes one slab at a time.
+Blocking blocking_of(const ConvPlan& conv, const WinogradPlan& plan, Transforming transforming, int64_t depth,
+                     int64_t slab, int64_t threads = torch::stable::get_num_threads()) {
   constexpr int64_t kTiles = 96 << 10;  // floats
   const int64_t near = kTiles / (plan.values * depth), tiles = near >= 24 ? near : plan.many_weights() ? 96 : 32;
   const int64_t all_lines = conv.n * plan.tiles_h, all_slabs = ceil_div(conv.c_out, slab);
-  Blocking b{all_lines, 1, 1, plan.tiles_w, 4};
+  Blocking b{all_lines, 1, 1, plan.tiles_w, transforming == Transforming::kByThreads ? 1 : 4};
   if (plan.divides_weights()) {
     b.line_blocks = 1;
   } else if (tiles < plan.tiles_w && plan.aligned) {
@@ -55,7 +57,8 @@ Blocking blocking_of_growing(ConvPlan conv, int64_t per_axis, int64_t m, int64_t
   const int64_t slabs = ceil_div(conv.c_out, slab);
   conv.c_in = growing.most;
   conv.c_out = 1;
-  Blocking b = blocking_of(conv, WinogradPlan(conv, per_axis, m), growing.most, slab, growing.threads);
+  Blocking b =
+      blocking_of(conv, WinogradPlan(conv, per_axis, m), Transforming::kInCalls, growing.most, slab, growing.threads);
   b.slabs = std::min<int64_t>(4, slabs);
   return b;
 }
@@ -69,14 +72,15 @@ class Call {
         growing_(growing),
         first_channel_(growing ? growing->channels : 0),
         plan_(conv, taps_per_axis(conv, weight.size(2)), m),
+        transforming_(transforming_of(plan_, weight, storage, !growing)),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
         slab_(slab_size(conv.c_out, storage)),
         per_word_(channels_per_word(storage)),
         most_depth_(growing ? growing->most : plan_.depth / per_word_),
         blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, slab_, *growing)
-                          : blocking_of(conv, plan_, most_depth_, slab_, torch::stable::get_num_threads())),
-        weights_(conv, plan_, blocking_.slabs, weight, g, storage) {}
+                          : blocking_of(conv, plan_, transforming_, most_depth_, slab_)),
+        weights_(conv, plan_, transforming_, blocking_.slabs, weight, g, storage) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
 
@@ -84,7 +88,7 @@ class Call {
   // One thread's buffers.
   struct Buffers {
     ChannelPatch patch;
-    LargeBuffer own_tiles, sums, lines;
+    LargeBuffer own_tiles, own_weights, sums, lines;
     float* tiles;
     PlaneWriter writer;
     std::vector<float> line;
@@ -112,9 +116,16 @@ class Call {
     int64_t first, count;
   };
 
-  // One product of matrices: of which of a tile's values, with which weights, into which sums.
+  // One product of matrices: of which of a tile's values, with which weights, into which sums; over words [first, first
+  // + count).
   struct Product {
-    int64_t value, matrix, sums;
+    int64_t value, matrix, sums, first, count;
+  };
+
+  // What is read soon, and fetched meanwhile.
+  struct Soon {
+    const char* from;
+    int64_t bytes;
   };
 
   // Of one product: tiles times `depth` words of some slabs' weights.
@@ -126,6 +137,7 @@ class Call {
     int64_t vectors;
     float* sums;
     bool overwrite;
+    Soon soon;
   };
 
   const WinogradKernels& kernels_of(const WinogradPlan::Form& form) const {
@@ -146,6 +158,7 @@ class Call {
   void transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const;
   void write_lines(const Block& block, int64_t channel, Buffers& b) const;
 
+  bool by_threads() const { return transforming_ == Transforming::kByThreads; }
   int64_t panels(int64_t tiles) const { return ceil_div(tiles, kPanelRows); }
   int64_t most_tiles() const { return blocking_.lines * blocking_.columns; }
   // [value, chunk, panel, kPanelRows, kPanelStride]
@@ -164,6 +177,7 @@ class Call {
   GrowingTiles* const growing_;
   const int64_t first_channel_;  // of x
   const WinogradPlan plan_;
+  const Transforming transforming_;
   const int64_t phases_, lanes_, slab_, per_word_, most_depth_;
   const Blocking blocking_;
   const WinogradWeights weights_;
@@ -185,6 +199,7 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
     Buffers b{.patch = ChannelPatch(conv_.c_in - first_channel_, conv_.input.h_in, conv_.input.w_in, rows, columns,
                                     conv_.input.reflect),
               .own_tiles = LargeBuffer(growing_ ? 0 : block_values),
+              .own_weights = weights_.own(),
               .sums = LargeBuffer(plan_.products * sum_product()),
               .lines = LargeBuffer(phases_ * kGroup * line_channel()),
               .tiles = b.own_tiles.get(),
@@ -254,60 +269,69 @@ void Call::transform_line(const WinogradPlan::Form& form, const float* corner, i
 }
 
 void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const {
-  for (const auto& phase : plan_.phases) {
-    const auto& form = plan_.forms[phase.form];
-    for (int64_t product = 0; product < form.products; ++product) {
-      multiply_product(block, first_slab, slabs,
-                       {.value = form.first + product,
-                        .matrix = phase.first_weight + plan_.weight_of(form, product),
-                        .sums = phase.first_product + product},
-                       b);
+  for (int64_t first = 0; first < weights_.depth(); first += weights_.step()) {
+    const int64_t count = std::min(weights_.step(), weights_.depth() - first);
+    if (by_threads()) weights_.transform_own(first, count, first_slab, b.own_weights);
+    for (const auto& phase : plan_.phases) {
+      const auto& form = plan_.forms[phase.form];
+      for (int64_t product = 0; product < form.products; ++product) {
+        multiply_product(block, first_slab, slabs,
+                         {.value = form.first + product,
+                          .matrix = phase.first_weight + plan_.weight_of(form, product),
+                          .sums = phase.first_product + product,
+                          .first = first,
+                          .count = count},
+                         b);
+      }
     }
   }
 }
 
 void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
                             Buffers& b) const {
-  const int64_t tiles = block.tiles(), vectors = slab_ / lanes_;
+  const int64_t tiles = block.tiles(), vectors = slab_ / lanes_, first = product.first, count = product.count;
   float* const sums = b.sums.get() + product.sums * sum_product();
-  for (int64_t first = 0; first < weights_.depth(); first += kPanelDepth) {
-    const int64_t count = std::min(kPanelDepth, weights_.depth() - first);
-    const float* const from = b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize;
-    // So many slabs of weights, or so much of one, stay in the first-level cache while the tiles pass by: 32 KB.
-    const int64_t near = slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth,
-                  together = std::max<int64_t>(1, near / count);
-    std::vector<int32_t> columns;
-    for (int64_t v = 0; v < together * vectors; ++v) {
-      columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
-    }
-    for (int64_t slab = 0; slab < slabs; slab += together) {
-      const int64_t of_slabs = std::min(together, slabs - slab);
-      const char* const weights = weights_.at(product.matrix, first, count, first_slab + slab);
-      for (int64_t k = 0; k < count; k += near) {
-        multiply_chunk({.tiles = from + k,
-                        .depth = std::min(near, count - k),
-                        .weights = weights + k * slab_ * weights_.word_bytes(),
-                        .columns = columns,
-                        .vectors = of_slabs * vectors,
-                        .sums = sums + slab * slab_,
-                        .overwrite = first + k == 0},
-                       tiles);
-      }
+  const float* const from =
+      b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize + first % kPanelDepth;
+  // So many slabs of weights, or so much of one, stay in the first-level cache while the tiles pass by: 32 KB.
+  const int64_t near = slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth,
+                together = std::max<int64_t>(1, near / count);
+  // What a thread has transformed is near already: what comes soon are its next kernels, a share with every product.
+  const int64_t share = ceil_div(count * weights_.kernel_bytes(), plan_.products);
+  std::vector<int32_t> columns;
+  for (int64_t v = 0; v < together * vectors; ++v) {
+    columns.push_back(static_cast<int32_t>(v / vectors * count * slab_ + v % vectors * lanes_));
+  }
+  for (int64_t slab = 0; slab < slabs; slab += together) {
+    const int64_t of_slabs = std::min(together, slabs - slab);
+    const char* const kernels = weights_.kernels_at(first_slab + slab, first + count);
+    const char* const weights = weights_.at(product.matrix, first, count, first_slab + slab, b.own_weights);
+    for (int64_t k = 0; k < count; k += near) {
+      const int64_t depth = std::min(near, count - k), bytes = of_slabs * slab_ * depth * weights_.word_bytes();
+      const char* const at = weights + k * slab_ * weights_.word_bytes();
+      multiply_chunk({.tiles = from + k,
+                      .depth = depth,
+                      .weights = at,
+                      .columns = columns,
+                      .vectors = of_slabs * vectors,
+                      .sums = sums + slab * slab_,
+                      .overwrite = first + k == 0,
+                      .soon = by_threads() ? Soon{kernels + product.sums * share, share} : Soon{at + bytes, bytes}},
+                     tiles);
     }
   }
 }
 
-// Meanwhile the weights that come after are fetched, evenly by all whole panels.
+// Meanwhile what comes soon is fetched, evenly by all whole panels.
 void Call::multiply_chunk(const Chunk& chunk, int64_t tiles) const {
-  const int64_t bytes = chunk.vectors * lanes_ * chunk.depth * weights_.word_bytes();
   const int64_t panels = std::max<int64_t>(tiles / kPanelRows, 1);
   const int64_t fetches = panels * ceil_div(chunk.vectors, product_vectors()) * ceil_div(chunk.depth, kFetchSteps);
-  const char* weights = chunk.weights + bytes;
-  for (int64_t tile = 0; tile < tiles; tile += kPanelRows, weights += bytes / panels) {
+  const char* soon = chunk.soon.from;
+  for (int64_t tile = 0; tile < tiles; tile += kPanelRows, soon += chunk.soon.bytes / panels) {
     multiply_panel(chunk, tile, std::min(kPanelRows, tiles - tile),
                    {.panel = chunk.tiles + (tile + kPanelRows) * kPanelStride,
-                    .weights = weights,
-                    .lines = ceil_div(bytes, fetches * kFetchBytes)});
+                    .weights = soon,
+                    .lines = ceil_div(chunk.soon.bytes, fetches * kFetchBytes)});
   }
 }
 

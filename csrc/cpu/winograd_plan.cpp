@@ -84,7 +84,7 @@ WinogradPlan::PhaseTaps WinogradPlan::taps_of_phase(const ConvPlan& conv, const 
 
 bool WinogradPlan::many_weights() const {
   constexpr int64_t kMost = 1 << 20;
-  return weights * depth * c_out_ > kMost;
+  return all_weights() > kMost;
 }
 
 WinogradPlan::WinogradPlan(const ConvPlan& conv, int64_t per_axis, int64_t tile)

@@ -44,6 +44,8 @@ struct WinogradPlan {
 
   int64_t part_depth, depth;  // of the products: channels of one part, and of all
 
+  int64_t all_tiles() const { return all_tiles_; }
+  int64_t all_weights() const { return weights * depth * c_out_; }
   // Whether the weights are more than stay in the third-level cache beside the tiles.
   bool many_weights() const;
   // Whether many of them meet so few tiles that all tiles are one block, whose weights the threads divide.
