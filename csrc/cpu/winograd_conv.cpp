@@ -304,11 +304,15 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
   }
   for (int64_t slab = 0; slab < slabs; slab += together) {
     const int64_t of_slabs = std::min(together, slabs - slab);
-    const char* const kernels = weights_.kernels_at(first_slab + slab, first + count);
     const char* const weights = weights_.at(product.matrix, first, count, first_slab + slab, b.own_weights);
     for (int64_t k = 0; k < count; k += near) {
       const int64_t depth = std::min(near, count - k), bytes = of_slabs * slab_ * depth * weights_.word_bytes();
       const char* const at = weights + k * slab_ * weights_.word_bytes();
+      Soon soon{at + bytes, bytes};
+      if (by_threads()) {
+        const float* const kernels = weights_.kernel_at(first_slab + slab, first + count);
+        soon = {reinterpret_cast<const char*>(kernels) + product.sums * share, share};
+      }
       multiply_chunk({.tiles = from + k,
                       .depth = depth,
                       .weights = at,
@@ -316,7 +320,7 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
                       .vectors = of_slabs * vectors,
                       .sums = sums + slab * slab_,
                       .overwrite = first + k == 0,
-                      .soon = by_threads() ? Soon{kernels + product.sums * share, share} : Soon{at + bytes, bytes}},
+                      .soon = soon},
                      tiles);
     }
   }

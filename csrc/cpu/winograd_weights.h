@@ -56,8 +56,8 @@ class WinogradWeights {
   // For threads that transform: memory for a chunk, what fills it, and the kernels that it is made of.
   LargeBuffer own() const { return LargeBuffer(data_ ? 0 : plan_.weights * matrix_size(std::min(step_, depth_))); }
   void transform_own(int64_t first, int64_t count, int64_t slab, const LargeBuffer& own) const;
-  const char* kernels_at(int64_t slab, int64_t channel) const {
-    return reinterpret_cast<const char*>(kernels_ ? kernel_at(slab, channel) : nullptr);
+  const float* kernel_at(int64_t slab, int64_t channel) const {
+    return kernels_->get() + (slab * plan_.part_depth + channel) * kernel_size();
   }
   int64_t kernel_bytes() const { return kernel_size() * static_cast<int64_t>(sizeof(float)); }
 
@@ -72,9 +72,6 @@ class WinogradWeights {
   int64_t words() const { return chunk(0, round_up(slabs_, together_)); }
   // Of [slab, input channel, taps + 1, slab]: the last tap is 0.
   int64_t kernel_size() const { return (conv_.taps + 1) * slab_; }
-  const float* kernel_at(int64_t slab, int64_t channel) const {
-    return kernels_->get() + (slab * plan_.part_depth + channel) * kernel_size();
-  }
 
   // `lasting`: to be read in other calls as well.
   LargeBuffer laid_out(const Tensor& weight, const ConvGeometry& g, bool lasting) const;
