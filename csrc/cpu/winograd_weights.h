@@ -45,6 +45,9 @@ class WinogradWeights {
     return per_word_ * (storage_ == Storage::kFloat ? 4 : storage_ == Storage::kInt8 ? 1 : 2);
   }
 
+  // Words from one matrix to the next, of a chunk of `count` words.
+  int64_t matrix_size(int64_t count) const { return count * together_ * slab_ + kCacheLine; }
+
   // Of the chunk of `count` words from `first` on; `own` is what the thread transformed of it, if threads do.
   const char* at(int64_t matrix, int64_t first, int64_t count, int64_t slab, const LargeBuffer& own) const {
     const LargeBuffer& from = data_ ? *data_ : own;
@@ -62,7 +65,6 @@ class WinogradWeights {
   int64_t kernel_bytes() const { return kernel_size() * static_cast<int64_t>(sizeof(float)); }
 
  private:
-  int64_t matrix_size(int64_t count) const { return count * together_ * slab_ + kCacheLine; }
   // Words before that of the slab that begins with word `first`.
   int64_t chunk(int64_t first, int64_t slab) const {
     const int64_t before = slab / together_ * depth_ + first;
