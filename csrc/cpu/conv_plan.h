@@ -6,6 +6,7 @@
 //                                             y[stride * r + a, ...] = sum_{taps of (a, b)} w[tap] x[r + dy, c + dx].
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "conv_geometry.h"
@@ -46,14 +47,13 @@ struct ConvPlan {
   int64_t n, c_in, c_out, h_out, w_out, taps;
   int64_t out_stride;
   Sampling input;
-  std::vector<Phase> phases;
-  int64_t base_h, base_w;  // rows and columns of a phase (of the largest one)
+  std::vector<Phase> phases;  // by rows, then columns
+  int64_t base_h, base_w;     // rows and columns of a phase (of the largest one)
 
   // The plan of a call that is_plain_convolution takes, whose two strides are equal.
   ConvPlan(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
-  int64_t rows_of(const Phase& phase) const { return (h_out - phase.row + out_stride - 1) / out_stride; }
-  int64_t columns_of(const Phase& phase) const { return (w_out - phase.column + out_stride - 1) / out_stride; }
+  int64_t phases_in_line() const { return std::min(out_stride, w_out); }
 
  private:
   void add_taps(const Tensor& weight, const ConvGeometry& g);

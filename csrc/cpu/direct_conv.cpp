@@ -213,15 +213,14 @@ void for_stretches(const ConvPlan& plan, const Tiling& tiling, const Worker& wor
         for (int64_t l = 0; l < count; ++l) f(sample, (base + l) * plan.w_out, plan.w_out, sums + l * width);
       }
     } else {
-      for (int64_t l = 0; l < count; ++l) {
-        for (size_t phase = 0; phase < plan.phases.size(); ++phase) {
-          const Phase& p = plan.phases[phase];
-          if (base + l >= plan.rows_of(p)) continue;
-          spread_row(worker.sums(phase, row) + (done + l) * width, plan.out_stride, buffer.data() + p.column,
-                     plan.columns_of(p));
-          const bool complete = phase + 1 == plan.phases.size() || plan.phases[phase + 1].row != p.row;
-          if (complete) f(sample, ((base + l) * plan.out_stride + p.row) * plan.w_out, plan.w_out, buffer.data());
+      const int64_t in_line = plan.phases_in_line(), last = std::min(plan.out_stride * (base + count), plan.h_out);
+      std::vector<const float*> phases(in_line);
+      for (int64_t y = plan.out_stride * base; y < last; ++y) {
+        for (int64_t p = 0; p < in_line; ++p) {
+          phases[p] = worker.sums(y % plan.out_stride * in_line + p, row) + (done + y / plan.out_stride - base) * width;
         }
+        interleave(phases.data(), in_line, buffer.data(), plan.w_out);
+        f(sample, y * plan.w_out, plan.w_out, buffer.data());
       }
     }
     done += count;

@@ -102,6 +102,7 @@ class Call {
     LargeBuffer products;     // [rows, row_stride]
     std::vector<float> sums;  // of the lines of y that are not complete: [open, C_out, stride, width]
     std::vector<float> result;
+    std::vector<const float*> residues;
     PlaneWriter writer;
   };
 
@@ -150,8 +151,9 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   const int64_t most_lines = std::max(kTaskLines, ceil_div(n_ * y_.out, tasks));
   const int64_t per_sample = ceil_div(y_.out, most_lines), lines = ceil_div(y_.out, per_sample);
   torch::stable::parallel_for(0, n_ * per_sample, 1, [&](int64_t begin, int64_t end) {
-    Buffers b{LargeBuffer(slabs_ * slab_step_), LargeBuffer(rows_ * row_stride_),
-              std::vector<float>(open_ * line_sums()), std::vector<float>(x_.out), PlaneWriter(result)};
+    Buffers b{LargeBuffer(slabs_ * slab_step_),        LargeBuffer(rows_ * row_stride_),
+              std::vector<float>(open_ * line_sums()), std::vector<float>(x_.out),
+              std::vector<const float*>(x_.stride),    PlaneWriter(result)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = std::min(task % per_sample * lines, y_.out);
       run_task(x, {task / per_sample, first, std::min(first + lines, y_.out), first}, b);
@@ -231,10 +233,8 @@ void Call::write_until(int64_t line, Task& task, Buffers& b) const {
     for (int64_t o = 0; o < c_out_; ++o) {
       const float* from = sums(task.next, o, 0, b) + before_;
       if (x_.stride > 1) {
-        for (int64_t residue = 0; residue < std::min(x_.stride, x_.out); ++residue) {
-          spread_row(from + residue * width_, x_.stride, b.result.data() + residue,
-                     ceil_div(x_.out - residue, x_.stride));
-        }
+        for (int64_t residue = 0; residue < x_.stride; ++residue) b.residues[residue] = from + residue * width_;
+        interleave(b.residues.data(), x_.stride, b.result.data(), x_.out);
         from = b.result.data();
       }
       b.writer.write(task.sample, o, task.next * x_.out, x_.out, from);

@@ -157,7 +157,7 @@ class Call {
   void add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const;
   void multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels, Word* sums, const Buffers& b) const;
   void write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const;
-  void interleave(const float* from, int64_t lines, int64_t rows, float* to) const;
+  void join_phases(const float* from, int64_t rows, float* to) const;
 
   const ConvPlan& plan_;
   const Storage storage_;
@@ -374,7 +374,7 @@ void Call<Word>::write(int64_t line, int64_t lines, int64_t channel, Buffers& b)
       const int64_t rows = std::min(stride * (base + count), plan_.h_out) - first;
       const float* from = planes + done * plan_.base_w;
       if (stride > 1) {
-        interleave(from, count, rows, b.results.data());
+        join_phases(from, rows, b.results.data());
         from = b.results.data();
       }
       b.writer.write(sample, channel + o, first * plan_.w_out, rows * plan_.w_out, from);
@@ -383,17 +383,15 @@ void Call<Word>::write(int64_t line, int64_t lines, int64_t channel, Buffers& b)
   }
 }
 
-// Rows of y from `lines` lines of each phase.
+// Rows of y from the lines of all phases.
 template <typename Word>
-void Call<Word>::interleave(const float* from, int64_t lines, int64_t rows, float* to) const {
-  for (const Phase& phase : plan_.phases) {
-    for (int64_t l = 0; l < lines; ++l) {
-      const int64_t row = l * plan_.out_stride + phase.row;
-      if (row >= rows) continue;
-      spread_row(from + l * plan_.base_w, plan_.out_stride, to + row * plan_.w_out + phase.column,
-                 plan_.columns_of(phase));
-    }
-    from += lines_ * plan_.base_w;
+void Call<Word>::join_phases(const float* from, int64_t rows, float* to) const {
+  const int64_t in_line = plan_.phases_in_line(), phase = lines_ * plan_.base_w;
+  std::vector<const float*> phases(in_line);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* const first = from + row % plan_.out_stride * in_line * phase + row / plan_.out_stride * plan_.base_w;
+    for (int64_t p = 0; p < in_line; ++p) phases[p] = first + p * phase;
+    interleave(phases.data(), in_line, to + row * plan_.w_out, plan_.w_out);
   }
 }
 

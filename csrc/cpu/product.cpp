@@ -368,12 +368,18 @@ FASTGAN_MULTIVERSION void pack_lines(const Lines& l) {
   pack_all_lines<0>(l);
 }
 
-FASTGAN_MULTIVERSION void spread_row(const float* __restrict__ from, int64_t stride, float* __restrict__ to,
-                                     int64_t n) {
-  if (stride == 2) {
-    for (int64_t i = 0; i < n; ++i) to[2 * i] = from[i];
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+FASTGAN_MULTIVERSION void interleave(const float* const* phases, int64_t count, float* __restrict__ to, int64_t n) {
+  if (count == 2) {
+    const float* __restrict__ const even = phases[0], * __restrict__ const odd = phases[1];
+    for (int64_t i = 0; i < n / 2; ++i) {
+      to[2 * i] = even[i];
+      to[2 * i + 1] = odd[i];
+    }
+    if (n % 2) to[n - 1] = even[n / 2];
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t i = 0; i * count + p < n; ++i) to[i * count + p] = phases[p][i];
   }
 }
 

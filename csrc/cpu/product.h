@@ -103,7 +103,7 @@ struct Lines {
 };
 void pack_lines(const Lines& l);
 
-// to[i * stride] = from[i], i < n.
-void spread_row(const float* from, int64_t stride, float* to, int64_t n);
+// A line from those of its phases: to[i * count + p] = phases[p][i], where that is less than n.
+void interleave(const float* const* phases, int64_t count, float* to, int64_t n);
 
 }  // namespace fastgan

@@ -214,16 +214,14 @@ void Call::write(int64_t channel, const float* sums, std::vector<float>& line, P
       writer.write(sample, channel, 0, base_, sums);
       continue;
     }
-    for (int64_t base = 0; base < plan_.base_h; ++base) {
-      for (int64_t p = 0; p < phases_; ++p) {
-        const Phase& phase = plan_.phases[p];
-        if (base >= plan_.rows_of(phase)) continue;
-        spread_row(sums + p * columns_ + base * plan_.base_w, plan_.out_stride, line.data() + phase.column,
-                   plan_.columns_of(phase));
-        const bool complete = p + 1 == phases_ || plan_.phases[p + 1].row != phase.row;
-        const int64_t row = base * plan_.out_stride + phase.row;
-        if (complete) writer.write(sample, channel, row * plan_.w_out, plan_.w_out, line.data());
-      }
+    const int64_t in_line = plan_.phases_in_line();
+    std::vector<const float*> phases(in_line);
+    for (int64_t row = 0; row < plan_.h_out; ++row) {
+      const float* const first =
+          sums + row % plan_.out_stride * in_line * columns_ + row / plan_.out_stride * plan_.base_w;
+      for (int64_t p = 0; p < in_line; ++p) phases[p] = first + p * columns_;
+      interleave(phases.data(), in_line, line.data(), plan_.w_out);
+      writer.write(sample, channel, row * plan_.w_out, plan_.w_out, line.data());
     }
   }
 }

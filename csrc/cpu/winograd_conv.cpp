@@ -103,6 +103,7 @@ class Call {
     float* tiles;
     PlaneWriter writer;
     std::vector<float> line;
+    std::vector<const float*> columns;  // of the phases of a line
   };
 
   // Tiles of a block: lines of tiles, counted through all samples, and a stretch of each.
@@ -215,7 +216,8 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
               .lines = LargeBuffer(phases_ * kGroup * line_channel()),
               .tiles = b.own_tiles.get(),
               .writer = PlaneWriter(result),
-              .line = std::vector<float>(conv_.w_out)};
+              .line = std::vector<float>(conv_.w_out),
+              .columns = std::vector<const float*>(phases_)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t share = task % shares, place = task / shares;
       const int64_t line = place / column_blocks, column = place % column_blocks;
@@ -443,10 +445,10 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
               b.writer.write(sample, channel + o, at, pixels, from);
               continue;
             }
-            for (int64_t p = phase; p < phase + in_row; ++p, from += kGroup * line_channel()) {
-              const int64_t skip = -plan_.phases[p].shift_x, first = conv_.phases[p].column;
-              spread_row(from + skip, stride, b.line.data() + first, (pixels - first + stride - 1) / stride);
+            for (int64_t p = 0; p < in_row; ++p, from += kGroup * line_channel()) {
+              b.columns[p] = from - plan_.phases[phase + p].shift_x;
             }
+            interleave(b.columns.data(), in_row, b.line.data(), pixels);
             b.writer.write(sample, channel + o, at, pixels, b.line.data());
           }
         }
