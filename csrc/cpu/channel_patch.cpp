@@ -113,7 +113,7 @@ void ChannelPatch::load(const ScaledImage& image, int64_t sample, int64_t channe
                        .pixels = pixels,
                        .scale = scale.data(),
                        .to = to + place * kGroup,
-                       .ahead = image.stride_h});
+                       .ahead = row + 1 < rows ? image.stride_h : kGroup * image.stride_c - row * image.stride_h});
     };
     const auto continue_to = [&](int64_t first, int64_t last) {
       for (int64_t place = first; place < last; ++place) {

@@ -167,10 +167,12 @@ class PlaneWriter {
   explicit PlaneWriter(const PlanarResult& result)
       : result_(result), epilogue_(result.blocks, result.args, result.y), scales_(result.args.out_scale) {}
 
-  // from: the linear part of n consecutive pixels of one plane, from `pixel` on.
+  // from: the linear part of n consecutive pixels of one plane, from `pixel` on. Callers go from one plane to the next:
+  // there, memory is fetched meanwhile.
   void write(int64_t sample, int64_t channel, int64_t pixel, int64_t n, const float* from) {
     const int64_t plane = (sample * result_.blocks.c + channel) * result_.blocks.pixels;
     if (result_.saved) std::copy_n(from, n, result_.saved + plane + pixel);
+    if (channel + 1 < result_.blocks.c) fetch_for_writing(y_ + plane + result_.blocks.pixels + pixel, n);
     for (int64_t done = 0; done < n; done += kBlock) {
       const int64_t count = std::min(kBlock, n - done), first = pixel + done;
       epilogue_(from + done, {sample, channel, first, count, plane + first, count});
@@ -208,6 +210,10 @@ class PlaneWriter {
   }
 
  private:
+  static void fetch_for_writing(const float* to, int64_t n) {
+    constexpr int64_t kLine = 16;  // floats of a cache line
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(to + i, 1);
+  }
   static const float* values_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
   const PlanarResult& result_;
