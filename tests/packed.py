@@ -37,7 +37,7 @@ def convolve(*, where: dict[str, Any], storage: str = "fp32", out: Tensor | None
         *(k["x"], k["weight"]),
         *(k.get(name) for name in (*TENSORS, *SHIFTS)),
         *where.values(),
-        *("packed_direct", 0, storage),
+        *(False, "packed_direct", 0, storage),
         *epilogue.values(),
         out,
     )

@@ -49,7 +49,7 @@ def convolve(
     pairs = ((stride, stride), (padding, padding), (0, 0), (1, 1))
     _into.scaled_conv2d_into(
         *(x, weight, None, None, None, None, bias, None, *pairs, transposed, 1, False),
-        *(algorithm, tile, storage, "linear", 0.0, 1.0, None, 1.0, out),
+        *(False, algorithm, tile, storage, "linear", 0.0, 1.0, None, 1.0, out),
     )
     return out
 

@@ -54,7 +54,8 @@ def test_kernels_read_the_mirror_image(case: str, scaled: bool) -> None:
     several = [("winograd", tile) for tile in tiles] if shape[1] > 8 else [("direct_conv", 0)]
     for algorithm, tile in [*several, ("packed_direct", 0)]:
         out = torch.full_like(want, torch.nan, dtype=torch.float32)
-        _into.scaled_conv2d_into(x, weight, in_scale, *NOTHING[1:], *where, algorithm, tile, "fp32", *PLAIN, out)
+        how = (False, algorithm, tile, "fp32")
+        _into.scaled_conv2d_into(x, weight, in_scale, *NOTHING[1:], *where, *how, *PLAIN, out)
         assert max_error(out, want) < 1e-5, (algorithm, tile)
 
 
@@ -79,7 +80,7 @@ def test_what_cannot_mirror_says_so(change: dict[str, Any], message: str) -> Non
     call = {"pads": 1, "algorithm": "winograd", "outputs": 16, **change}
     x, weight = torch.randn(1, 64, 8, 64), torch.randn(call["outputs"], 64, 3, 3)
     out = torch.empty(1, call["outputs"], 6 + 2 * call["pads"], 62 + 2 * call["pads"])
-    arguments = (*reflected(call["pads"]), call["algorithm"], 2, "fp32", *PLAIN)
+    arguments = (*reflected(call["pads"]), False, call["algorithm"], 2, "fp32", *PLAIN)
     with pytest.raises(RuntimeError, match=message):
         _into.scaled_conv2d_into(x, weight, *NOTHING, *arguments, out)
 

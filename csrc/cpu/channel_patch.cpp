@@ -13,7 +13,7 @@ using Portable = register_t<float, 16>;
 FASTGAN_INLINE void gather_pixels(const ChannelLine& l, int64_t first_channel) {
   for (int64_t p = 0; p < l.pixels; ++p) {
     for (int64_t c = first_channel; c < l.channels; ++c) {
-      l.to[p * l.to_pixel + c] = l.scale[c] * l.from[c * l.channel + p * l.pixel];
+      l.to[p * l.to_pixel + c] = at_least(l.scale[c] * l.from[c * l.channel + p * l.pixel], l.least);
     }
   }
 }
@@ -24,7 +24,7 @@ template <typename V>
 FASTGAN_INLINE int64_t gather_quads(const ChannelLine& l, int64_t channel) {
   for (; channel + kLanes<V> <= l.channels; channel += kLanes<V>) {
     const float* const from = l.from + channel * l.channel;
-    const V scale = load<V>(l.scale + channel);
+    const V scale = load<V>(l.scale + channel), least = V{} + l.least;
     for (int64_t p = 0; p < l.pixels; p += kQuad) {
       const int64_t at = std::min(p, l.pixels - kQuad);
       if (p % kGroup == 0) {
@@ -36,7 +36,10 @@ FASTGAN_INLINE int64_t gather_quads(const ChannelLine& l, int64_t channel) {
       for (int i = 0; i < kQuad; ++i) rows[i] = load_quads<V>(from + i * l.channel + at, kQuad * l.channel);
       transpose_quads(rows);
       FASTGAN_UNROLL
-      for (int i = 0; i < kQuad; ++i) store(rows[i] * scale, l.to + (at + i) * l.to_pixel + channel);
+      for (int i = 0; i < kQuad; ++i) {
+        const V values = rows[i] * scale;
+        store(values < least ? least : values, l.to + (at + i) * l.to_pixel + channel);
+      }
     }
   }
   return channel;
@@ -45,7 +48,9 @@ FASTGAN_INLINE int64_t gather_quads(const ChannelLine& l, int64_t channel) {
 FASTGAN_INLINE void copy_pixels(const ChannelLine& l) {
   for (int64_t p = 0; p < l.pixels; ++p) {
 #pragma omp simd
-    for (int64_t c = 0; c < kGroup; ++c) l.to[p * l.to_pixel + c] = l.scale[c] * l.from[p * l.pixel + c];
+    for (int64_t c = 0; c < kGroup; ++c) {
+      l.to[p * l.to_pixel + c] = at_least(l.scale[c] * l.from[p * l.pixel + c], l.least);
+    }
   }
 }
 
@@ -113,7 +118,8 @@ void ChannelPatch::load(const ScaledImage& image, int64_t sample, int64_t channe
                        .pixels = pixels,
                        .scale = scale.data(),
                        .to = to + place * kGroup,
-                       .ahead = row + 1 < rows ? image.stride_h : kGroup * image.stride_c - row * image.stride_h});
+                       .ahead = row + 1 < rows ? image.stride_h : kGroup * image.stride_c - row * image.stride_h,
+                       .least = image.least});
     };
     const auto continue_to = [&](int64_t first, int64_t last) {
       for (int64_t place = first; place < last; ++place) {

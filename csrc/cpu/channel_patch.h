@@ -12,7 +12,8 @@ namespace fastgan {
 // Channels side by side: one cache line of floats, whole registers of every instruction set.
 constexpr int64_t kGroup = 16;
 
-// to[p * to_pixel + c] = scale[c] * from[c * channel + p * pixel] for p < pixels, c < channels; 0 for other c < kGroup.
+// to[p * to_pixel + c] = scale[c] * from[c * channel + p * pixel], or `least`, for p < pixels, c < channels; 0 for
+// other c < kGroup.
 struct ChannelLine {
   const float* from;
   int64_t channel, pixel;
@@ -21,6 +22,7 @@ struct ChannelLine {
   float* to;
   int64_t to_pixel = kGroup;
   int64_t ahead = 0;  // from here to the line that is gathered next: more lines than a processor foresees by itself
+  float least = kLeast;
 };
 void gather_channels(const ChannelLine& line);
 

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "product.h"
-
 namespace fastgan {
 
 Patch::Patch(const Sampling& input, int64_t channels, int64_t lines, int64_t width)
@@ -47,7 +45,8 @@ void Patch::load(const ScaledImage& x, int64_t sample, int64_t row, int64_t line
                   .lines = bottom - top,
                   .pixels = right - left,
                   .to = to + top * line_stride_ + left,
-                  .to_line = line_stride_});
+                  .to_line = line_stride_,
+                  .least = x.least});
       if (input_.reflect) mirror(x, from, scale, row, lines, plane, to);
       to += plane_stride_;
     }
@@ -67,7 +66,7 @@ void Patch::mirror(const ScaledImage& x, const float* channel, float scale, int6
       if (y == line && i == left) i = right;
       if (i == line_stride_) break;
       const int64_t column = continued(stride * (i + input_.dx_min) + plane % stride, input_.w_in, true);
-      if (column >= 0) to[i] = scale * channel[y * x.stride_h + column * x.stride_w];
+      if (column >= 0) to[i] = at_least(scale * channel[y * x.stride_h + column * x.stride_w], x.least);
     }
   }
 }

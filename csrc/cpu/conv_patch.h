@@ -6,22 +6,25 @@
 
 #include "conv_plan.h"
 #include "image.h"
+#include "product.h"
 
 namespace fastgan {
 
-// x [N, C, H, W] of any strides, with a factor per sample and channel.
+// x [N, C, H, W] of any strides, with a factor per sample and channel, and `least` in place of what is less then.
 struct ScaledImage {
   const float* data;
   int64_t stride_n, stride_c, stride_h, stride_w;
   Scales<float> scale;
+  float least;
 
-  ScaledImage(const Tensor& x, const std::optional<Tensor>& in_scale)
+  ScaledImage(const Tensor& x, const std::optional<Tensor>& in_scale, bool rectified = false)
       : data(x.const_data_ptr<float>()),
         stride_n(x.stride(0)),
         stride_c(x.stride(1)),
         stride_h(x.stride(2)),
         stride_w(x.stride(3)),
-        scale(in_scale) {}
+        scale(in_scale),
+        least(rectified ? 0.0f : kLeast) {}
 };
 
 class Patch {

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 
-#include "conv_patch.h"
 #include "few_outputs.h"
 #include "product.h"
 
@@ -245,12 +244,11 @@ Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const Conv
   return {};
 }
 
-void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+void direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                  const PlanarResult& result) {
-  if (few_outputs_takes(x, weight, g)) return few_outputs_conv(x, weight, in_scale, g, result);
+  if (few_outputs_takes(x, weight, g)) return few_outputs_conv(x, weight, image, g, result);
   const ConvPlan plan(x, weight, g);
   const Tiling tiling(plan);
-  const ScaledImage image(x, in_scale);
   const int64_t lines_of_all = plan.n * plan.base_h;
   const int64_t blocks_per_sample = tiling.narrow ? tiling.line_blocks : tiling.line_blocks / plan.n;
   torch::stable::parallel_for(0, tiling.line_blocks * tiling.row_blocks, 1, [&](int64_t begin, int64_t end) {

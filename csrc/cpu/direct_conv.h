@@ -4,9 +4,7 @@
 // stretch of results gets its epilogue as soon as its last product is added.
 #pragma once
 
-#include <optional>
-
-#include "conv_geometry.h"
+#include "conv_patch.h"
 #include "epilogue.h"
 
 namespace fastgan {
@@ -18,8 +16,8 @@ constexpr int64_t kFewChannels = 8;
 // large transposed 3x3 convolution of stride 2), else what keeps it from being one.
 Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
-// result = epilogue(conv(in_scale * x, weight)).
-void direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+// result = epilogue(conv(image, weight)), where image is x scaled.
+void direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                  const PlanarResult& result);
 
 }  // namespace fastgan

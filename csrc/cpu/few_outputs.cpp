@@ -48,7 +48,7 @@ int64_t slab_size(int64_t rows) { return product_lanes() * product_vectors() * (
 struct SlabLine {
   const float* from;
   int64_t pixel, pixels, slab, ahead;
-  float scale;
+  float scale, least;
   float* to;
   int64_t to_step;
 };
@@ -58,13 +58,13 @@ FASTGAN_MULTIVERSION void fill_slabs(const SlabLine& l) {
     const float* __restrict__ const from = l.from + first * l.pixel;
     float* __restrict__ const to = l.to + first / l.slab * l.to_step;
     const int64_t count = std::min(l.slab, l.pixels - first);
-    const float scale = l.scale;
+    const float scale = l.scale, least = l.least;
     if (l.pixel == 1) {
       for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + l.ahead + i);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) to[i] = scale * from[i];
+      for (int64_t i = 0; i < count; ++i) to[i] = at_least(scale * from[i], least);
     } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = scale * from[i * l.pixel];
+      for (int64_t i = 0; i < count; ++i) to[i] = at_least(scale * from[i * l.pixel], least);
     }
     std::fill(to + count, to + l.slab, 0.0f);
   }
@@ -189,6 +189,7 @@ void Call::load(const ScaledImage& x, int64_t sample, int64_t row, Buffers& b) c
                 .slab = slab_,
                 .ahead = kAhead * x.stride_c,
                 .scale = x.scale.at(sample, c),
+                .least = x.least,
                 .to = b.line.get() + c * slab_,
                 .to_step = slab_step_});
   }
@@ -253,9 +254,9 @@ bool few_outputs_takes(const Tensor& x, const Tensor& weight, const ConvGeometry
   return 4 * round_up(width, slab_size(rows)) <= 5 * width;
 }
 
-void few_outputs_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                      const ConvGeometry& g, const PlanarResult& result) {
-  Call(x, weight, g).run(ScaledImage(x, in_scale), result);
+void few_outputs_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                      const PlanarResult& result) {
+  Call(x, weight, g).run(image, result);
 }
 
 }  // namespace fastgan

@@ -15,7 +15,7 @@ namespace fastgan {
 bool few_outputs_takes(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 // What direct_conv does.
-void few_outputs_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                      const ConvGeometry& g, const PlanarResult& result);
+void few_outputs_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                      const PlanarResult& result);
 
 }  // namespace fastgan

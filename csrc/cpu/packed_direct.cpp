@@ -396,11 +396,11 @@ void Call<Word>::join_phases(const float* from, int64_t rows, float* to) const {
 }
 
 template <typename Word>
-void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-              Storage storage, const Quantization& quantization, const PlanarResult& result) {
+void convolve(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g, Storage storage,
+              const Quantization& quantization, const PlanarResult& result) {
   const ConvPlan plan(x, weight, g);
   Call<Word> call(plan, weight, g, storage, quantization);
-  call.load(ScaledImage(x, in_scale));
+  call.load(image);
   call.multiply(result);
 }
 
@@ -463,14 +463,14 @@ double quantized_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeom
   return ms_of(costs, x, weight, g, Storage::kInt8);
 }
 
-void packed_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                        const ConvGeometry& g, Storage storage, const PlanarResult& result) {
-  convolve<float>(x, weight, in_scale, g, storage, {}, result);
+void packed_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                        Storage storage, const PlanarResult& result) {
+  convolve<float>(x, weight, image, g, storage, {}, result);
 }
 
-void quantized_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                           const ConvGeometry& g, const Quantization& quantization, const PlanarResult& result) {
-  convolve<int32_t>(x, weight, in_scale, g, Storage::kInt8, quantization, result);
+void quantized_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                           const Quantization& quantization, const PlanarResult& result) {
+  convolve<int32_t>(x, weight, image, g, Storage::kInt8, quantization, result);
 }
 
 }  // namespace fastgan

@@ -19,10 +19,10 @@ double packed_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeometr
 double quantized_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
 // What direct_conv does, with weights in float or in bfloat16.
-void packed_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                        const ConvGeometry& g, Storage storage, const PlanarResult& result);
+void packed_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                        Storage storage, const PlanarResult& result);
 // The same with x rounded to whole numbers and a weight in int8, without the quantisation's step. Sums are exact.
-void quantized_direct_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                           const ConvGeometry& g, const Quantization& quantization, const PlanarResult& result);
+void quantized_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                           const Quantization& quantization, const PlanarResult& result);
 
 }  // namespace fastgan

@@ -327,16 +327,16 @@ FASTGAN_INLINE void pack_all_lines(const Lines& l) {
   for (int64_t line = 0; line < l.lines; ++line) {
     const float* __restrict__ from = l.from + line * l.line;
     float* __restrict__ to = l.to + line * l.to_line;
-    const float scale = l.scale;
+    const float scale = l.scale, least = l.least;
     const int64_t pixel = kPixel ? kPixel : l.pixel;
     for (int64_t i = 0; i < l.pixels; i += kStep) {
       // The last step overlaps the one before: a remainder one by one would cost more than the line.
       const int64_t at = l.pixels < kStep ? 0 : std::min(i, l.pixels - kStep), count = std::min(kStep, l.pixels);
       if (count == kStep) {
 #pragma omp simd
-        for (int64_t j = 0; j < kStep; ++j) to[at + j] = scale * from[(at + j) * pixel];
+        for (int64_t j = 0; j < kStep; ++j) to[at + j] = at_least(scale * from[(at + j) * pixel], least);
       } else {
-        for (int64_t j = 0; j < count; ++j) to[j] = scale * from[j * pixel];
+        for (int64_t j = 0; j < count; ++j) to[j] = at_least(scale * from[j * pixel], least);
       }
     }
   }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "common.h"
 
@@ -91,8 +92,14 @@ void dot_products(const DotProducts& p);
 // to[r, k] = from[r * row_stride + offsets[k]], k < depth <= kPanelDepth, r < rows <= kPanelRows; to is a panel.
 void pack_panel(const float* from, const int32_t* offsets, int64_t depth, int64_t row_stride, int64_t rows, float* to);
 
+// The least of all values: what takes the place of lesser ones where none are to be replaced.
+constexpr float kLeast = -std::numeric_limits<float>::infinity();
+
+// NaN stays.
+FASTGAN_INLINE float at_least(float value, float least) { return value < least ? least : value; }
+
 // Lines of pixels, `line` and `pixel` apart, scaled and packed: to[l * to_line + i] = scale * from[l * line + i *
-// pixel].
+// pixel], or `least`.
 struct Lines {
   const float* from;
   int64_t line, pixel;
@@ -100,6 +107,7 @@ struct Lines {
   int64_t lines, pixels;
   float* to;
   int64_t to_line;
+  float least = kLeast;
 };
 void pack_lines(const Lines& l);
 

@@ -70,8 +70,9 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
                           residual_gain};
   const Quantization quantization{static_cast<float>(1 / step), static_cast<float>(low), static_cast<float>(high)};
   const PlanarResult result(args, out, nullptr);
-  if (tile) return quantized_winograd_conv(x, weight, in_scale, geometry, tile, quantization, result);
-  quantized_direct_conv(x, weight, in_scale, geometry, quantization, result);
+  const ScaledImage image(x, in_scale);
+  if (tile) return quantized_winograd_conv(x, weight, image, geometry, tile, quantization, result);
+  quantized_direct_conv(x, weight, image, geometry, quantization, result);
 }
 
 // The tiles that can serve a call, one line "tile<TAB>predicted ms" each, the best first.

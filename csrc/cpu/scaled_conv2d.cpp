@@ -77,6 +77,16 @@ Tensor scaled_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
   return out;
 }
 
+// relu(in_scale * x), of float32 in NCHW.
+Tensor rectified_input(const Tensor& x, const std::optional<Tensor>& in_scale) {
+  const Tensor out = empty_image(x, ScalarType::Float, false);
+  const std::optional<Tensor> none;
+  constexpr double kNoClamp = std::numeric_limits<double>::infinity();
+  run_epilogue<float>(in_layout(x, false), out, false,
+                      {in_scale, none, none, none, none, Act::kRelu, 0.0, 1.0, kNoClamp, 1.0});
+  return out;
+}
+
 // The dense product by torch's convolution, or at very few pixels by few_pixels.h.
 Tensor convolution(Algorithm algorithm, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const ConvGeometry& g, Storage storage) {
@@ -92,20 +102,19 @@ Tensor convolution(Algorithm algorithm, const Tensor& x, const Tensor& weight, c
 bool is_fused(Algorithm algorithm) { return algorithm != Algorithm::kFewPixels && algorithm != Algorithm::kTorch; }
 
 // The whole op by products of our own, into y and `saved`, if any: scales and epilogue happen inside them.
-void fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& weight,
-                    const std::optional<Tensor>& in_scale, const ConvGeometry& g, Storage storage,
-                    const EpilogueArgs& args, const Tensor& y, float* saved) {
+void fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& weight, const ScaledImage& image,
+                    const ConvGeometry& g, Storage storage, const EpilogueArgs& args, const Tensor& y, float* saved) {
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
   const PlanarResult result(dense, y, saved);
   if (choice.algorithm == Algorithm::kPackedDirect) {
-    packed_direct_conv(x, weight, in_scale, g, storage, result);
+    packed_direct_conv(x, weight, image, g, storage, result);
   } else if (choice.algorithm == Algorithm::kUnfolded) {
-    unfolded_conv(x, weight, in_scale, g, result);
+    unfolded_conv(x, weight, image, g, result);
   } else if (choice.algorithm == Algorithm::kWinograd) {
-    winograd_conv(x, weight, in_scale, g, choice.tile, storage, result);
+    winograd_conv(x, weight, image, g, choice.tile, storage, result);
   } else {
-    direct_conv(x, weight, in_scale, g, result);
+    direct_conv(x, weight, image, g, result);
   }
 }
 
@@ -142,7 +151,7 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
     const Tensor y = empty_dense({size.data(), size.size()}, ScalarType::Float, false),
                  c = save_conv ? empty_dense({size.data(), size.size()}, ScalarType::Float, false)
                                : torch::stable::new_empty(x, {0});
-    fused_products(choice, x, weight, in_scale, geometry, Storage::kFloat, args, y,
+    fused_products(choice, x, weight, {x, in_scale}, geometry, Storage::kFloat, args, y,
                    save_conv ? c.mutable_data_ptr<float>() : nullptr);
     return {y, c};
   }
@@ -166,14 +175,15 @@ Storage parse_storage(const std::string& name) {
   return name == "bf16" ? Storage::kBfloat16 : Storage::kFloat;
 }
 
-// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`. `storage` is that of few pixels'
-// weights, Winograd's and packed ones; the other algorithms read the weight as it is.
+// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`; with `rectify`, of relu(in_scale *
+// x). `storage` is that of few pixels' weights, Winograd's and packed ones; the other algorithms read the weight as it
+// is.
 void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> output_padding,
-                        std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect,
+                        std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect, bool rectify,
                         std::string algorithm, int64_t tile, std::string storage_name, std::string act, double alpha,
                         double gain, std::optional<double> clamp, double residual_gain, const Tensor& out) {
   const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups, reflect};
@@ -185,11 +195,11 @@ void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::option
                           alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
   if (is_fused(choice.algorithm)) {
-    fused_products(choice, x, weight, in_scale, geometry, storage, args, out, nullptr);
+    fused_products(choice, x, weight, {x, in_scale, rectify}, geometry, storage, args, out, nullptr);
     return;
   }
-  const Tensor c = in_layout(
-      convolution(choice.algorithm, scaled_input(x, in_scale), weight, std::nullopt, geometry, storage), false);
+  const Tensor input = rectify ? rectified_input(x, in_scale) : scaled_input(x, in_scale);
+  const Tensor c = in_layout(convolution(choice.algorithm, input, weight, std::nullopt, geometry, storage), false);
   const auto dense_residual = residual ? std::optional(in_layout(*residual, false)) : std::nullopt;
   run_epilogue<float>(c, out, false, args.with_residual(dense_residual));
 }

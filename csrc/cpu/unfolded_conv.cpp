@@ -122,7 +122,8 @@ void Call::unfold(const ScaledImage& x) {
                     .lines = in.h_in,
                     .pixels = in.w_in,
                     .to = channel.data() + sample * pixels,
-                    .to_line = in.w_in});
+                    .to_line = in.w_in,
+                    .least = x.least});
       }
       const int32_t* places = table.data();
       for (int64_t p = 0; p < phases_; ++p) {
@@ -253,11 +254,11 @@ double unfolded_conv_ms(const Tensor& x, const Tensor& weight, const ConvGeometr
   return weight.numel() * (pixels + (g.transposed ? kTransposedPackCost : kPackCost)) / kPerMs;
 }
 
-void unfolded_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+void unfolded_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                    const PlanarResult& result) {
   const ConvPlan plan(x, weight, g);
   Call call(plan, weight, g.transposed);
-  call.unfold(ScaledImage(x, in_scale));
+  call.unfold(image);
   call.multiply(result);
 }
 

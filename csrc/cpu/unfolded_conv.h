@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "conv_geometry.h"
+#include "conv_patch.h"
 #include "epilogue.h"
 
 namespace fastgan {
@@ -16,8 +16,8 @@ Refusal refused_by_unfolded_conv(const Tensor& x, const Tensor& weight, const Co
 // Its predicted time.
 double unfolded_conv_ms(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
 
-// result = epilogue(conv(in_scale * x, weight)); x of any strides.
-void unfolded_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
+// result = epilogue(conv(image, weight)), where image is x scaled; x of any strides.
+void unfolded_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                    const PlanarResult& result);
 
 }  // namespace fastgan

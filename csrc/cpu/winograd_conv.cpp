@@ -459,18 +459,16 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 
 }  // namespace
 
-void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                   int64_t m, Storage storage, const PlanarResult& result) {
+void winograd_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g, int64_t m,
+                   Storage storage, const PlanarResult& result) {
   const ConvPlan conv(x, weight, g);
-  Call(conv, m, weight, g, storage, nullptr).run(ScaledImage(x, in_scale), result);
+  Call(conv, m, weight, g, storage, nullptr).run(image, result);
 }
 
-void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                             const ConvGeometry& g, int64_t m, const Quantization& quantization,
-                             const PlanarResult& result) {
+void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                             int64_t m, const Quantization& quantization, const PlanarResult& result) {
   const ConvPlan conv(x, weight, g);
-  Call(conv, m, weight, g, m == 1 ? Storage::kInt8 : Storage::kInt16, &quantization)
-      .run(ScaledImage(x, in_scale), result);
+  Call(conv, m, weight, g, m == 1 ? Storage::kInt8 : Storage::kInt16, &quantization).run(image, result);
 }
 
 void growing_winograd_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m, GrowingTiles& tiles,

@@ -36,15 +36,14 @@ struct GrowingTiles {
 
 // What direct_conv does, with tiles of m x m. Error: at most 1e-5 of the largest result (m = 4), 2e-6 (m = 2, 3); with
 // transformed weights stored in bfloat16 that rounding's, of 2^-9 each, comes on top.
-void winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale, const ConvGeometry& g,
-                   int64_t m, Storage storage, const PlanarResult& result);
+void winograd_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g, int64_t m,
+                   Storage storage, const PlanarResult& result);
 
 // What direct_conv does with x rounded to whole numbers and a weight in int8, times
 // whole_factors(m, r).weight_factor (winograd.h), without the quantisation's step. Sums of integers are exact,
 // whichever the tile; those of m = 1 are the plain sums, of weights that stay in 8 bits.
-void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
-                             const ConvGeometry& g, int64_t m, const Quantization& quantization,
-                             const PlanarResult& result);
+void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
+                             int64_t m, const Quantization& quantization, const PlanarResult& result);
 
 // What computes such a convolution: tiles of 1 to 3 by quantized_winograd_conv, 0 by quantized_direct_conv
 // (packed_direct.h). Why it cannot.

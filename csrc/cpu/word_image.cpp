@@ -115,7 +115,8 @@ void WordImage<T>::load_row(const ScaledImage& x, const Quantization& quantizati
                             .scale = scale.data(),
                             .to = nullptr,
                             .to_pixel = depth_,
-                            .ahead = x.stride_h};
+                            .ahead = x.stride_h,
+                            .least = x.least};
       T* const at = to + place * depth_ + channel;
       if constexpr (kBytes) {
         round_channels(of_pixels, quantization, at);

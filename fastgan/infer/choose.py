@@ -111,7 +111,7 @@ def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
             arguments = (x, weight, constant_of(k["weight_scale"]), *factors, *rounding, *nothing, *geometry)
             _into.quantized_conv2d_into(*arguments, choice.tile, *plain, out)
         else:
-            how = (choice.algorithm, choice.tile, choice.storage)
+            how = (k.get("rectify", False), choice.algorithm, choice.tile, choice.storage)
             _into.scaled_conv2d_into(x, weight, *factors, *nothing, *geometry, *how, *plain, out)
         return 1e3 * (time.perf_counter() - start)
 

@@ -22,7 +22,7 @@ from fastgan.infer.capture import Captured, apart, capture
 from fastgan.infer.choose import by_cost, by_trying, is_worth_quantizing
 from fastgan.infer.fold import crop_kernels, fold_constants, fold_factors, fold_upsampling
 from fastgan.infer.functional import CudaGraph, Functional, constants_in_channels_last
-from fastgan.infer.fuse import fuse, fuse_dense_blocks, fuse_reflections
+from fastgan.infer.fuse import fuse, fuse_dense_blocks, fuse_rectifiers, fuse_reflections
 from fastgan.infer.lossy import LossyLayers
 from fastgan.infer.lower import lower, use_energies
 from fastgan.infer.narrow import NarrowWeights
@@ -247,6 +247,7 @@ def simplify(module: fx.GraphModule, precision: str) -> None:
     fold_upsampling(module)
     crop_kernels(module)
     fuse_reflections(module, precision)
+    fuse_rectifiers(module)
     hoist(module)
     module.graph.lint()
 

@@ -1,4 +1,4 @@
-"""Passes that make one node of several: epilogues, padding, concatenations, dense blocks."""
+"""Passes that make one node of several: epilogues, padding, concatenations, dense blocks, what is done to x."""
 
 from __future__ import annotations
 
@@ -299,7 +299,47 @@ def _is_dense_convolution(node: Any) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Mirror images
+# What the CPU's kernels do as they read x
+
+
+def fuse_rectifiers(module: fx.GraphModule) -> None:
+    """ReLUs that nothing reads but a convolution: one right in front of it, or those of a concatenation's parts. What
+    they read has other readers, else they would be in its epilogue; it is not copied then."""
+    if _native.cpu_library() is None:
+        return
+    for node in list(module.graph.nodes):
+        if not is_a(node, nodes.convolution) or node.kwargs.get("in_scale") is not None:
+            continue
+        x = node.kwargs["x"]
+        if len(x.users) > 1 or x.meta["val"].device.type == "cuda":
+            continue
+        parts = x.kwargs["tensors"] if is_a(x, nodes.concatenate) else [x]
+        relus = [part for part in parts if _is_relu(part) and len(part.users) == 1]
+        if not relus or not all(part in relus or _is_rectified(part) for part in parts):
+            continue
+        exact = [part.kwargs["x"] if part in relus else part for part in parts]
+        if is_a(x, nodes.concatenate):
+            with module.graph.inserting_before(node):
+                joined = module.graph.call_function(nodes.concatenate, kwargs={"tensors": exact})
+            joined.meta.update(x.meta)
+            exact = [joined]
+        new = replace(node, nodes.convolution, {**node.kwargs, "x": exact[0], "rectify": True})
+        new.meta["fused"][:0] = [nodes.name_of(relu) for relu in relus]
+    eliminate_dead(module.graph)
+
+
+def _is_relu(node: Any) -> bool:
+    """Whether a node is a ReLU and nothing else."""
+    settings = epilogue_of(node) if is_a(node, nodes.pointwise) else None
+    if settings is None or node.kwargs.get("out_scale") is not None:
+        return False
+    return {**settings, "alpha": 0.0} == {**PLAIN, "act": "relu"} | dict.fromkeys(TENSORS)
+
+
+def _is_rectified(node: Any) -> bool:
+    """Whether a node's epilogue ends in a ReLU: another one changes nothing."""
+    settings = epilogue_of(node)
+    return settings is not None and settings["act"] == "relu" and settings["gain"] > 0 and settings["residual"] is None
 
 
 def fuse_reflections(module: fx.GraphModule, precision: str) -> None:

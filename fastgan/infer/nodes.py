@@ -41,13 +41,17 @@ def convolution(
     transposed: bool = False,
     groups: int = 1,
     reflect: bool = False,
+    rectify: bool = False,
     act: str = "linear",
     alpha: float = 0.0,
     gain: float = 1.0,
     clamp: float | None = None,
     residual_gain: float = 1.0,
 ) -> Tensor:
-    """``ops.scaled_conv2d``; with ``reflect``, the padding is x's mirror image."""
+    """``ops.scaled_conv2d``; with ``reflect``, the padding is x's mirror image; with ``rectify``, negative values
+    of in_scale * x count as 0."""
+    if rectify:
+        x, in_scale = F.relu(x if in_scale is None else x * in_scale[:, :, None, None]), None
     if reflect:
         x, padding = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], "reflect"), (0, 0)
     tensors = (x, weight, in_scale, out_scale, noise, noise_strength, bias, residual)

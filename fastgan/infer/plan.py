@@ -298,7 +298,8 @@ def _convolution(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ..
     k = node.kwargs
     tensors = (k["x"], k["weight"], k.get("in_scale"), k.get("out_scale"), *_tensors(node))
     geometry = tuple(k[name] for name in nodes.GEOMETRY)
-    return (*tensors, *geometry, choice.algorithm, choice.tile, choice.storage, *_epilogue_settings(node))
+    how = (k.get("rectify", False), choice.algorithm, choice.tile, choice.storage)
+    return (*tensors, *geometry, *how, *_epilogue_settings(node))
 
 
 def _quantized_convolution(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:

@@ -11,10 +11,11 @@ Inference", section 2; Krishnamoorthi 2018, "Quantizing deep convolutional netwo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastgan.infer import nodes
@@ -53,7 +54,6 @@ class QuantizedLayers(LossyLayers):
         self._nodes = {node.name: node for node in found}
         self._exact = {node.name: dict(node.kwargs) for node in found}
         self._quantized = {}
-        self._within: dict[str, list[str]] = {}  # ReLUs that rounding does as well
         for node in found:
             key = (node.kwargs["weight"].target, node.kwargs["transposed"])
             if key not in made:
@@ -62,14 +62,10 @@ class QuantizedLayers(LossyLayers):
                 made[key] = tuple(add_constant(module, constant, first) for constant in constants)
             weight, weight_scale = made[key]
             steps = best_steps(observed[node])
-            x, self._within[node.name] = _in_front_of_relu(module, node) if steps.low == 0 else (node.kwargs["x"], [])
-            self._quantized[node.name] = {
-                **node.kwargs,
-                "x": x,
-                "weight": weight,
-                "weight_scale": weight_scale,
-                **asdict(steps),
-            }
+            if node.kwargs.get("rectify", False):
+                steps = replace(steps, low=0)
+            kwargs = {name: value for name, value in node.kwargs.items() if name != "rectify"}
+            self._quantized[node.name] = {**kwargs, "weight": weight, "weight_scale": weight_scale, **asdict(steps)}
         for name in self._nodes:
             self.set(name, lossy=True)
 
@@ -77,42 +73,11 @@ class QuantizedLayers(LossyLayers):
         node = self._nodes[name]
         node.target = nodes.quantized_convolution if lossy else nodes.convolution
         node.kwargs = (self._quantized if lossy else self._exact)[name]
-        fused = [of for of in node.meta.get("fused", []) if of not in self._within[name]]
-        node.meta["fused"] = self._within[name] + fused if lossy else fused
         (self.lossy.add if lossy else self.lossy.discard)(name)
         self._module.recompile()
 
     def layers_of(self, name: str) -> list[str]:
         return [name_of(self._nodes[name])]
-
-
-def _in_front_of_relu(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[str]]:
-    """What a convolution may read instead if it takes negative values for 0, and the ReLUs that are not needed then:
-    one right in front of it, or those in front of a concatenation, that nothing else reads."""
-    x = node.kwargs["x"]
-    if node.kwargs.get("in_scale") is not None or len(x.users) > 1:
-        return x, []
-    if _is_relu(x):
-        return x.kwargs["x"], [name_of(x)]
-    if not is_a(x, nodes.concatenate):
-        return x, []
-    relus = [part for part in x.kwargs["tensors"] if _is_relu(part) and len(part.users) == 1]
-    if not relus:
-        return x, []
-    with module.graph.inserting_before(node):
-        parts = [part.kwargs["x"] if part in relus else part for part in x.kwargs["tensors"]]
-        joined = module.graph.call_function(nodes.concatenate, kwargs={"tensors": parts})
-    joined.meta.update(x.meta)
-    return joined, [name_of(part) for part in relus]
-
-
-def _is_relu(node: Any) -> bool:
-    """Whether a node is a ReLU and nothing else."""
-    if not is_a(node, nodes.pointwise):
-        return False
-    plain = {**nodes.PLAIN, "act": "relu"} | dict.fromkeys((*nodes.TENSORS, "out_scale"))
-    settings = {name: node.kwargs.get(name, default) for name, default in plain.items()}
-    return {**settings, "alpha": 0.0} == plain
 
 
 @dataclass(frozen=True)
@@ -177,6 +142,7 @@ def _observe(
                 _, kwargs = self.fetch_args_kwargs_from_env(n)
                 x, scale = kwargs["x"], kwargs.get("in_scale")
                 x = x if scale is None else x * scale[:, :, None, None]
+                x = F.relu(x) if kwargs.get("rectify", False) else x
                 values = x.flatten()
                 step = max(1, values.numel() * len(calls) // _SAMPLES)
                 seen[n] += [values[::step], torch.stack([values.min(), values.max()])]

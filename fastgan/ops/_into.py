@@ -4,9 +4,10 @@ Everything is float32 in NCHW, dense within each sample; nothing is checked but 
 gradient. Arguments are those of the ops of the same names, as their kernels take them (scales [N or 1, C or 1]).
 ``_scaled_conv2d_into`` is told its algorithm, one of ``_native.ALGORITHMS``, the tile m of Winograd's F(m x m, r x r)
 and how weights are stored: of "bf16", Winograd's tiles, packed weights and those of few pixels are in bfloat16, rounded
-once and kept with the weight; the other algorithms read the weight as it is. ``_convolution_candidates`` says which can
-serve a call, in lines "name<TAB>tile<TAB>predicted ms", the one to choose first, which of a frozen weight
-(kept_weights.h) may be another one than ``scaled_conv2d`` chooses.
+once and kept with the weight; the other algorithms read the weight as it is. With ``rectify`` negative values of
+in_scale * x count as 0. ``_convolution_candidates`` says which can serve a call, in lines "name<TAB>tile<TAB>predicted
+ms", the one to choose first, which of a frozen weight (kept_weights.h) may be another one than ``scaled_conv2d``
+chooses.
 
 ``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high
 at most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its
@@ -29,7 +30,7 @@ _SHIFTS = "Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual
 
 for schema in (
     f"_scaled_conv2d_into(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, {_SHIFTS}, {_GEOMETRY},"
-    f" str algorithm, int tile, str storage, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    f" bool rectify, str algorithm, int tile, str storage, {_EPILOGUE}, Tensor(a!) out) -> ()",
     f"_epilogue_into(Tensor x, Tensor? out_scale, {_SHIFTS}, {_EPILOGUE}, Tensor(a!) out) -> ()",
     "_norm_act_into(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act, float alpha,"
     " float gain, float residual_gain, Tensor(a!) out) -> ()",
