@@ -130,6 +130,10 @@ def cpu_library() -> ctypes.CDLL | None:
     for name in ("keep", "freeze", "forget"):
         function = getattr(functions, f"fastgan_{name}_weight")
         function.argtypes, function.restype = [ctypes.c_void_p], None
+    functions.fastgan_new_recording.restype = ctypes.c_int64
+    for name in ("drop_recording", "record"):
+        function = getattr(functions, f"fastgan_{name}")
+        function.argtypes, function.restype = [ctypes.c_int64], None
     functions.fastgan_made_bytes.argtypes = [ctypes.c_void_p]
     functions.fastgan_drop_weight.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     functions.fastgan_drop_weight.restype = functions.fastgan_made_bytes.restype = ctypes.c_int64

@@ -6,6 +6,7 @@
 #include "conv_choice.h"
 #include "empty.h"
 #include "epilogue.h"
+#include "recorded_calls.h"
 #include "winograd_conv.h"
 
 namespace fastgan {
@@ -63,7 +64,7 @@ void dense_block_into(Tensor x, std::vector<Tensor> weights, std::vector<Tensor>
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("_dense_block_tile", TORCH_BOX(&dense_block_tile));
   m.impl("dense_block", TORCH_BOX(&dense_block));
-  m.impl("_dense_block_into", TORCH_BOX(&dense_block_into));
+  m.impl("_dense_block_into", TORCH_BOX(&Recordable<&dense_block_into>::call));
 }
 
 }  // namespace fastgan

@@ -3,6 +3,7 @@
 
 #include "norm_planes.h"
 #include "norm_rows.h"
+#include "recorded_calls.h"
 
 namespace fastgan {
 namespace {
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_grad_grad(const OptionalTens
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("norm_act", TORCH_BOX(&norm_act));
-  m.impl("_norm_act_into", TORCH_BOX(&norm_act_into));
+  m.impl("_norm_act_into", TORCH_BOX(&Recordable<&norm_act_into>::call));
   m.impl("norm_act_grad", TORCH_BOX(&norm_act_grad));
   m.impl("norm_act_grad_grad", TORCH_BOX(&norm_act_grad_grad));
 }

@@ -12,6 +12,7 @@
 #include "empty.h"
 #include "epilogue.h"
 #include "packed_direct.h"
+#include "recorded_calls.h"
 #include "winograd.h"
 #include "winograd_conv.h"
 #include "winograd_plan.h"
@@ -90,7 +91,7 @@ std::string explain_quantized_conv2d(const Tensor& x, const Tensor& weight, std:
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
-  m.impl("_quantized_conv2d_into", TORCH_BOX(&quantized_conv2d_into));
+  m.impl("_quantized_conv2d_into", TORCH_BOX(&Recordable<&quantized_conv2d_into>::call));
   m.impl("_quantized_tiles", TORCH_BOX(&explain_quantized_conv2d));
 }
 

@@ -19,6 +19,7 @@
 #include "few_pixels.h"
 #include "image.h"
 #include "packed_direct.h"
+#include "recorded_calls.h"
 #include "unfolded_conv.h"
 #include "winograd_conv.h"
 
@@ -279,8 +280,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("scaled_conv2d", TORCH_BOX(&scaled_conv2d));
   m.impl("scaled_conv2d_weight_grad", TORCH_BOX(&scaled_conv2d_weight_grad));
   m.impl("_explain_scaled_conv2d", TORCH_BOX(&explain_scaled_conv2d));
-  m.impl("_scaled_conv2d_into", TORCH_BOX(&scaled_conv2d_into));
-  m.impl("_epilogue_into", TORCH_BOX(&epilogue_into));
+  m.impl("_scaled_conv2d_into", TORCH_BOX(&Recordable<&scaled_conv2d_into>::call));
+  m.impl("_epilogue_into", TORCH_BOX(&Recordable<&epilogue_into>::call));
   m.impl("_convolution_candidates", TORCH_BOX(&convolution_candidates));
 }
 

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "epilogue.h"
+#include "recorded_calls.h"
 
 namespace fastgan {
 namespace {
@@ -446,7 +447,7 @@ void upfirdn2d_into(const Tensor& x, const std::optional<Tensor>& f, const std::
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d));
-  m.impl("_upfirdn2d_into", TORCH_BOX(&upfirdn2d_into));
+  m.impl("_upfirdn2d_into", TORCH_BOX(&Recordable<&upfirdn2d_into>::call));
 }
 
 }  // namespace fastgan

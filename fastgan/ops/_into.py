@@ -17,7 +17,12 @@ lines "tile<TAB>predicted ms", the one to choose first. These ops exist where th
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastgan import _native
 from fastgan.ops._library import LIBRARY
@@ -43,6 +48,7 @@ for schema in (
     f" {_SHIFTS}, {_GEOMETRY}, int tile, {_EPILOGUE}, Tensor(a!) out) -> ()",
     f"_quantized_tiles(Tensor x, Tensor weight, {_GEOMETRY}) -> str",
     f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
+    "_run_recorded(Tensor memory, int recording, int first, int count, Tensor(a!)[] values, int[] places) -> ()",
 ):
     LIBRARY.define(schema)
 
@@ -54,6 +60,39 @@ epilogue_into = torch.ops.fastgan._epilogue_into.default
 norm_act_into = torch.ops.fastgan._norm_act_into.default
 upfirdn2d_into = torch.ops.fastgan._upfirdn2d_into.default
 dense_block_into = torch.ops.fastgan._dense_block_into.default
+# Those that only write into what they are given.
+RECORDABLE = (
+    *(scaled_conv2d_into, quantized_conv2d_into, epilogue_into, norm_act_into, upfirdn2d_into, dense_block_into),
+)
+
+
+class Recording:
+    """Calls of RECORDABLE that run one behind the other, without Python in between. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._library = _native.cpu_library()
+        self._number = self._library.fastgan_new_recording()
+        self._memory = torch.empty(0, device="cpu")
+        self.count = 0
+        weakref.finalize(self, self._library.fastgan_drop_recording, self._number)
+
+    def add(self, kernel: Callable[..., None], args: Sequence[Any]) -> None:
+        """A call that is not run now."""
+        self._library.fastgan_record(self._number)
+        try:
+            kernel(*args)
+        finally:
+            self._library.fastgan_record(0)
+        self.count += 1
+
+    def run(self, first: int, count: int, values: Sequence[Tensor], places: Sequence[int]) -> None:
+        """Run calls [first, first + count).
+
+        Args:
+            values: tensors in place of some that were recorded, for this run.
+            places: of each, three numbers: the call, the argument, the value.
+        """
+        torch.ops.fastgan._run_recorded.default(self._memory, self._number, first, count, values, places)
 
 
 def convolution_candidates(*args) -> list[tuple[str, int, float]]:

@@ -1,0 +1,107 @@
+#include "recorded_calls.h"
+
+#include <map>
+#include <mutex>
+
+namespace fastgan {
+namespace {
+
+thread_local RecordedCalls* recording = nullptr;
+
+// All recordings, by their numbers from 1 on.
+struct Recordings {
+  std::mutex mutex;
+  std::map<int64_t, RecordedCalls> of_number;
+  int64_t last = 0;
+};
+
+// Never destroyed: recordings may be dropped as late as Python ends.
+Recordings& recordings() {
+  static auto* const all = new Recordings;
+  return *all;
+}
+
+// Null for a number that is none; 0 is.
+RecordedCalls* find_recording(int64_t number) {
+  Recordings& all = recordings();
+  const std::lock_guard lock(all.mutex);
+  const auto found = all.of_number.find(number);
+  return found == all.of_number.end() ? nullptr : &found->second;
+}
+
+// Calls whose arguments were swapped with tensors of this call, until they are swapped back.
+class Lent {
+ public:
+  Lent(RecordedCalls& calls, std::vector<Tensor>& values, const std::vector<int64_t>& places)
+      : calls_(calls), values_(values), places_(places) {
+    while (done_ < places_.size() && swap(done_)) done_ += 3;
+    if (done_ == places_.size()) return;
+    const size_t wrong = done_;
+    give_back();
+    STD_TORCH_CHECK(false, "_run_recorded: argument ", places_[wrong + 1], " of call ", places_[wrong],
+                    " is no tensor");
+  }
+  ~Lent() { give_back(); }
+  Lent(const Lent&) = delete;
+  Lent& operator=(const Lent&) = delete;
+
+ private:
+  bool swap(size_t at) {
+    return calls_[places_[at]]->swap(static_cast<size_t>(places_[at + 1]), values_[places_[at + 2]]);
+  }
+
+  void give_back() {
+    while (done_) swap(done_ -= 3);
+  }
+
+  RecordedCalls& calls_;
+  std::vector<Tensor>& values_;
+  const std::vector<int64_t>& places_;
+  size_t done_ = 0;
+};
+
+// Runs calls [first, first + count) of a recording, with some arguments exchanged: of each three `places`, the second
+// is that of the argument in call number one, the third that of the tensor in `values`. One thread at a time.
+void run_recorded(const Tensor& memory, int64_t number, int64_t first, int64_t count, std::vector<Tensor> values,
+                  std::vector<int64_t> places) {
+  RecordedCalls* const calls = find_recording(number);
+  STD_TORCH_CHECK(calls, "_run_recorded: there is no recording ", number);
+  const auto all = static_cast<int64_t>(calls->size());
+  STD_TORCH_CHECK(first >= 0 && count >= 0 && first + count <= all, "_run_recorded: the recording has ", all,
+                  " calls, got ", first, " and ", count);
+  STD_TORCH_CHECK(places.size() % 3 == 0, "_run_recorded: places must come by three, got ", places.size());
+  for (size_t i = 0; i < places.size(); i += 3) {
+    STD_TORCH_CHECK(
+        places[i] >= 0 && places[i] < all && places[i + 2] >= 0 && places[i + 2] < static_cast<int64_t>(values.size()),
+        "_run_recorded: there is no call ", places[i], " or no value ", places[i + 2]);
+  }
+  const Lent lent(*calls, values, places);
+  for (int64_t i = first; i < first + count; ++i) (*calls)[i]->run();
+}
+
+}  // namespace
+
+RecordedCalls* recording_of_thread() { return recording; }
+
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("_run_recorded", TORCH_BOX(&fastgan::run_recorded)); }
+
+// The number of a new recording, without calls.
+extern "C" __attribute__((visibility("default"))) int64_t fastgan_new_recording() {
+  fastgan::Recordings& all = fastgan::recordings();
+  const std::lock_guard lock(all.mutex);
+  all.of_number[++all.last];
+  return all.last;
+}
+
+extern "C" __attribute__((visibility("default"))) void fastgan_drop_recording(int64_t number) {
+  fastgan::Recordings& all = fastgan::recordings();
+  const std::lock_guard lock(all.mutex);
+  all.of_number.erase(number);
+}
+
+// From now on this thread's calls are added to a recording, and not run; to none, and run, after number 0.
+extern "C" __attribute__((visibility("default"))) void fastgan_record(int64_t number) {
+  fastgan::recording = fastgan::find_recording(number);
+}
