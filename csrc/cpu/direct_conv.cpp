@@ -10,6 +10,7 @@
 
 #include "few_outputs.h"
 #include "product.h"
+#include "tasks.h"
 
 namespace fastgan {
 namespace {
@@ -251,12 +252,12 @@ void direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image
   const Tiling tiling(plan);
   const int64_t lines_of_all = plan.n * plan.base_h;
   const int64_t blocks_per_sample = tiling.narrow ? tiling.line_blocks : tiling.line_blocks / plan.n;
-  torch::stable::parallel_for(0, tiling.line_blocks * tiling.row_blocks, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(tiling.line_blocks * tiling.row_blocks, [&](Tasks tasks) {
     Worker worker(plan, tiling, image, weight, g.transposed);
     std::vector<float> buffer(plan.w_out);
     PlaneWriter writer(result);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / tiling.row_blocks, row = task % tiling.row_blocks * tiling.rows;
+    while (const auto task = tasks.next()) {
+      const int64_t block = *task / tiling.row_blocks, row = *task % tiling.row_blocks * tiling.rows;
       const int64_t sample = tiling.narrow ? 0 : block / blocks_per_sample;
       const int64_t first = block % blocks_per_sample * tiling.lines, line = sample * plan.base_h + first;
       const int64_t last = tiling.narrow ? lines_of_all : plan.base_h;

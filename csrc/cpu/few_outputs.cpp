@@ -12,6 +12,7 @@
 #include "conv_plan.h"
 #include "large_buffer.h"
 #include "product.h"
+#include "tasks.h"
 
 namespace fastgan {
 namespace {
@@ -150,13 +151,13 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   const int64_t tasks = kTasks * torch::stable::get_num_threads();
   const int64_t most_lines = std::max(kTaskLines, ceil_div(n_ * y_.out, tasks));
   const int64_t per_sample = ceil_div(y_.out, most_lines), lines = ceil_div(y_.out, per_sample);
-  torch::stable::parallel_for(0, n_ * per_sample, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(n_ * per_sample, [&](Tasks tasks) {
     Buffers b{LargeBuffer(slabs_ * slab_step_),        LargeBuffer(rows_ * row_stride_),
               std::vector<float>(open_ * line_sums()), std::vector<float>(x_.out),
               std::vector<const float*>(x_.stride),    PlaneWriter(result)};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = std::min(task % per_sample * lines, y_.out);
-      run_task(x, {task / per_sample, first, std::min(first + lines, y_.out), first}, b);
+    while (const auto task = tasks.next()) {
+      const int64_t first = std::min(*task % per_sample * lines, y_.out);
+      run_task(x, {*task / per_sample, first, std::min(first + lines, y_.out), first}, b);
     }
   });
 }

@@ -17,6 +17,7 @@
 #include "kept_weights.h"
 #include "large_buffer.h"
 #include "quads.h"
+#include "tasks.h"
 #include "winograd_weights.h"
 #include "word_image.h"
 #include "word_product.h"
@@ -286,7 +287,7 @@ void Call<Word>::pack_slab(const Source* from, int64_t row, int64_t channel, int
 template <typename Word>
 void Call<Word>::multiply(const PlanarResult& result) const {
   const int64_t all_lines = plan_.n * plan_.base_h, blocks = ceil_div(all_lines, lines_);
-  torch::stable::parallel_for(0, slabs_ * blocks, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(slabs_ * blocks, [&](Tasks tasks) {
     const int64_t pixels = lines_ * plan_.base_w;
     Buffers b{.pixels = std::vector<const Word*>(pixels),
               .sums = std::vector<Word>(phases_ * pixels * slab_),
@@ -294,8 +295,8 @@ void Call<Word>::multiply(const PlanarResult& result) const {
               .planes = std::vector<float>(kGroup * phases_ * pixels),
               .results = std::vector<float>(plan_.out_stride > 1 ? lines_ * plan_.out_stride * plan_.w_out : 0),
               .writer = PlaneWriter(result)};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slab = task / blocks, line = task % blocks * lines_, lines = std::min(lines_, all_lines - line);
+    while (const auto task = tasks.next()) {
+      const int64_t slab = *task / blocks, line = *task % blocks * lines_, lines = std::min(lines_, all_lines - line);
       add_products(line, lines, slab, b);
       for (int64_t c = 0; c < slab_ && slab * slab_ + c < plan_.c_out; c += kGroup) {
         for (int64_t p = 0; p < phases_; ++p) {

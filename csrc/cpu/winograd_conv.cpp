@@ -12,6 +12,7 @@
 #include "channel_patch.h"
 #include "pair_product.h"
 #include "product.h"
+#include "tasks.h"
 #include "winograd.h"
 #include "winograd_weights.h"
 
@@ -199,13 +200,13 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   if (!quantization_) count_winograd(plan_.m, plan_.r);
   const int64_t all_lines = conv_.n * plan_.tiles_h, slabs = ceil_div(conv_.c_out, slab_);
   const int64_t line_blocks = blocking_.line_blocks, column_blocks = blocking_.column_blocks;
-  // Where there are fewer blocks than threads, several threads transform the same tiles, each for its own channels.
+  // Where there are fewer blocks than threads, several threads transform the same tiles, each for some channels.
   const int64_t threads = torch::stable::get_num_threads(), blocks = line_blocks * column_blocks;
   const int64_t groups = ceil_div(slabs, blocking_.slabs);
-  const int64_t shares = growing_ ? 1 : std::min(groups, ceil_div(threads, blocks));
+  const int64_t shares = growing_ || blocks >= threads ? 1 : groups;
   const int64_t block_values = plan_.values * tile_value();
   if (growing_ && !growing_->data.get()) growing_->data = LargeBuffer(blocks * block_values);
-  torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(blocks * shares, [&](Tasks tasks) {
     const int64_t rows = plan_.stride * plan_.m * (std::min(blocking_.lines, plan_.tiles_h) - 1) + plan_.span.y;
     const int64_t columns = plan_.stride * plan_.m * (blocking_.columns - 1) + plan_.span.x;
     Buffers b{.patch = ChannelPatch(conv_.c_in - first_channel_, conv_.input.h_in, conv_.input.w_in, rows, columns,
@@ -218,14 +219,16 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
               .writer = PlaneWriter(result),
               .line = std::vector<float>(conv_.w_out),
               .columns = std::vector<const float*>(phases_)};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t share = task % shares, place = task / shares;
+    int64_t transformed = -1;
+    while (const auto task = tasks.next()) {
+      const int64_t share = *task % shares, place = *task / shares;
       const int64_t line = place / column_blocks, column = place % column_blocks;
       Block block{all_lines * line / line_blocks, 0, plan_.tiles_w * column / column_blocks, 0};
       block.lines = all_lines * (line + 1) / line_blocks - block.line;
       block.columns = plan_.tiles_w * (column + 1) / column_blocks - block.column;
       if (growing_) b.tiles = growing_->data.get() + place * block_values;
-      transform_input(x, block, b);
+      if (place != transformed) transform_input(x, block, b);
+      transformed = place;
       for (int64_t group = groups * share / shares; group < groups * (share + 1) / shares; ++group) {
         const int64_t slab = group * blocking_.slabs, count = std::min(blocking_.slabs, slabs - slab);
         multiply(block, slab, count, b);
