@@ -90,6 +90,8 @@ WINOGRAD = [
     pytest.param((2, 300, 70, (5, 5), 3), 2, {"padding": 1}, id="more than one panel deep"),
     pytest.param((1, 33, 50, (18, 14), 4), 3, {"stride": 2, "padding": 1}, id="F(3, 2), four planes"),
     pytest.param((1, 33, 50, (9, 7), 4), 2, {"stride": 2, "padding": 1, "transposed": True}, id="four phases"),
+    pytest.param((1, 300, 16, (9, 7), 4), 3, {"stride": 2, "padding": 1, "transposed": True}, id="phases at once"),
+    pytest.param((2, 33, 30, (5, 6), 4), 2, {"stride": 2, "padding": 1, "transposed": True}, id="two phases at once"),
     pytest.param((1, 20, 18, (6, 6), 3), 3, {"stride": 2, "padding": 1, "transposed": True}, id="single taps"),
     pytest.param((1, 512, 512, (8, 8), 4), 2, {"stride": 2, "padding": 1}, id="weights that threads divide"),
 ]

@@ -34,6 +34,8 @@ LAYERS = [
     pytest.param((1, 33, 50, (18, 14), 4), geometry(2, 1), id="4x4 of stride 2"),
     pytest.param((1, 3, 5, (11, 6), 3), geometry(2, 1), id="3x3 of stride 2"),
     pytest.param((1, 33, 50, (9, 7), 4), geometry(2, 1, transposed=True), id="transposed 4x4"),
+    pytest.param((1, 300, 16, (9, 7), 4), geometry(2, 1, transposed=True), id="transposed 4x4, phases at once"),
+    pytest.param((2, 33, 30, (5, 6), 4), geometry(2, 1, transposed=True), id="transposed 4x4, two phases at once"),
     pytest.param((1, 20, 18, (6, 6), 3), geometry(2, 1, 1, transposed=True), id="transposed 3x3"),
     pytest.param((1, 70, 40, (1, 1), 4), geometry(1, 0, transposed=True), id="one pixel to 4x4"),
     pytest.param((1, 512, 512, (8, 8), 4), geometry(2, 1), id="weights that threads divide"),

@@ -66,12 +66,12 @@ Blocking blocking_of_growing(ConvPlan conv, int64_t per_axis, int64_t m, int64_t
 
 // Phases whose products are computed as one: those of the same tiles, where the output channels of a single phase would
 // leave registers of a product empty.
-int64_t phases_together(const ConvPlan& conv, const WinogradPlan& plan, int64_t slab) {
+int64_t joined_phases(const ConvPlan& conv, const WinogradPlan& plan, int64_t slab) {
   const auto phases = static_cast<int64_t>(plan.phases.size());
   if (plan.forms.size() > 1 || conv.c_out > slab) return 1;
-  int64_t together = std::min(phases, product_lanes() * product_vectors() / slab);
-  while (together > 1 && phases % together) --together;
-  return std::max<int64_t>(together, 1);
+  int64_t joined = std::min(phases, product_lanes() * product_vectors() / slab);
+  while (joined > 1 && phases % joined) --joined;
+  return std::max<int64_t>(joined, 1);
 }
 
 class Call {
@@ -87,7 +87,7 @@ class Call {
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
         slab_(slab_size(conv.c_out, storage)),
-        together_(phases_together(conv, plan_, slab_)),
+        joined_(joined_phases(conv, plan_, slab_)),
         per_word_(channels_per_word(storage)),
         most_depth_(growing ? growing->most : plan_.depth / per_word_),
         blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, slab_, *growing)
@@ -129,7 +129,7 @@ class Call {
     int64_t first, count;
   };
 
-  // One product of matrices, or of all phases that are multiplied together: of which of a tile's values, with which
+  // One product of matrices, or of the phases that are joined: of which of a tile's values, with which
   // weights (those of the next phase lie `step` matrices further), into which sums; over words [first, first + count).
   struct Product {
     int64_t value, matrix, step, sums, first, count;
@@ -178,8 +178,8 @@ class Call {
   int64_t tile_value() const {
     return ceil_div(most_depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kCacheLine;
   }
-  // [product, tile, phases together, slabs]
-  int64_t sum_row() const { return together_ * blocking_.slabs * slab_ + kCacheLine; }
+  // [product, tile, joined phases, slabs]
+  int64_t sum_row() const { return joined_ * blocking_.slabs * slab_ + kCacheLine; }
   int64_t sum_product() const { return most_tiles() * sum_row() + kCacheLine; }
   // [phase, kGroup, line of tiles, m, columns of tiles, m]; a line's last tile is written as four columns.
   int64_t line_row() const { return blocking_.columns * plan_.m + 4 - plan_.m; }
@@ -191,7 +191,7 @@ class Call {
   const int64_t first_channel_;  // of x
   const WinogradPlan plan_;
   const Transforming transforming_;
-  const int64_t phases_, lanes_, slab_, together_, per_word_, most_depth_;
+  const int64_t phases_, lanes_, slab_, joined_, per_word_, most_depth_;
   const Blocking blocking_;
   const WinogradWeights weights_;
 };
@@ -213,7 +213,7 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
                                     conv_.input.reflect),
               .own_tiles = LargeBuffer(growing_ ? 0 : block_values),
               .own_weights = weights_.own(),
-              .sums = LargeBuffer(plan_.products / together_ * sum_product()),
+              .sums = LargeBuffer(plan_.products / joined_ * sum_product()),
               .lines = LargeBuffer(phases_ * kGroup * line_channel()),
               .tiles = b.own_tiles.get(),
               .writer = PlaneWriter(result),
@@ -288,7 +288,7 @@ void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffe
   for (int64_t first = 0; first < weights_.depth(); first += weights_.step()) {
     const int64_t count = std::min(weights_.step(), weights_.depth() - first);
     if (by_threads()) weights_.transform_own(first, count, first_slab, b.own_weights);
-    for (int64_t p = 0; p < phases_; p += together_) {
+    for (int64_t p = 0; p < phases_; p += joined_) {
       const auto& phase = plan_.phases[p];
       const auto& form = plan_.forms[phase.form];
       for (int64_t product = 0; product < form.products; ++product) {
@@ -296,7 +296,7 @@ void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffe
                          {.value = form.first + product,
                           .matrix = phase.first_weight + plan_.weight_of(form, product),
                           .step = plan_.matrices_of(form),
-                          .sums = phase.first_product / together_ + product,
+                          .sums = phase.first_product / joined_ + product,
                           .first = first,
                           .count = count},
                          b);
@@ -312,14 +312,14 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
   const float* const from =
       b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize + first % kPanelDepth;
   // So many slabs of weights, or so much of one, stay in the first-level cache while the tiles pass by: 32 KB.
-  const int64_t near = together_ * slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth,
+  const int64_t near = joined_ * slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth,
                 together = std::max<int64_t>(1, near / count);
   // What a thread has transformed is near already: what comes soon are its next kernels, a share with every product.
   const int64_t share = ceil_div(count * weights_.kernel_bytes(), plan_.products);
   // Several phases, or several slabs.
-  const int64_t step = together_ > 1 ? product.step * weights_.matrix_size(count) : count * slab_;
+  const int64_t step = joined_ > 1 ? product.step * weights_.matrix_size(count) : count * slab_;
   std::vector<int32_t> columns;
-  for (int64_t v = 0; v < std::max(together, together_) * vectors; ++v) {
+  for (int64_t v = 0; v < std::max(together, joined_) * vectors; ++v) {
     columns.push_back(static_cast<int32_t>(v / vectors * step + v % vectors * lanes_));
   }
   for (int64_t slab = 0; slab < slabs; slab += together) {
@@ -337,7 +337,7 @@ void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slab
                       .depth = depth,
                       .weights = at,
                       .columns = columns,
-                      .vectors = together_ * of_slabs * vectors,
+                      .vectors = joined_ * of_slabs * vectors,
                       .sums = sums + slab * slab_,
                       .overwrite = first + k == 0,
                       .soon = soon},
@@ -399,8 +399,8 @@ void Call::transform_output(const Block& block, int64_t channel, const float* su
   float* lines = b.lines.get();
   for (int64_t p = 0; p < phases_; ++p) {
     const auto& form = plan_.forms[plan_.phases[p].form];
-    const int64_t product = plan_.phases[p - p % together_].first_product / together_;
-    const float* const of_phase = sums + product * sum_product() + p % together_ * slab_;
+    const int64_t product = plan_.phases[p - p % joined_].first_product / joined_;
+    const float* const of_phase = sums + product * sum_product() + p % joined_ * slab_;
     const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
     const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
     for (int64_t l = 0; l < block.lines; ++l) {
