@@ -3,6 +3,8 @@
 #include <map>
 #include <mutex>
 
+#include "empty.h"
+
 namespace fastgan {
 namespace {
 
@@ -61,22 +63,30 @@ class Lent {
 };
 
 // Runs calls [first, first + count) of a recording, with some arguments exchanged: of each three `places`, the second
-// is that of the argument in call number one, the third that of the tensor in `values`. One thread at a time.
-void run_recorded(const Tensor& memory, int64_t number, int64_t first, int64_t count, std::vector<Tensor> values,
-                  std::vector<int64_t> places) {
+// is that of the argument in call number one, the third that of the tensor in `values`, or behind those that of a new
+// image in float32. Of the new ones `sizes` holds four numbers each; they are returned. One thread at a time.
+std::vector<Tensor> run_recorded(const Tensor& memory, int64_t number, int64_t first, int64_t count,
+                                 std::vector<Tensor> values, std::vector<int64_t> places, std::vector<int64_t> sizes) {
   RecordedCalls* const calls = find_recording(number);
   STD_TORCH_CHECK(calls, "_run_recorded: there is no recording ", number);
   const auto all = static_cast<int64_t>(calls->size());
   STD_TORCH_CHECK(first >= 0 && count >= 0 && first + count <= all, "_run_recorded: the recording has ", all,
                   " calls, got ", first, " and ", count);
   STD_TORCH_CHECK(places.size() % 3 == 0, "_run_recorded: places must come by three, got ", places.size());
+  STD_TORCH_CHECK(sizes.size() % 4 == 0, "_run_recorded: sizes must come by four, got ", sizes.size());
+  const size_t brought = values.size();
+  for (size_t i = 0; i < sizes.size(); i += 4) values.push_back(empty_dense({&sizes[i], 4}, ScalarType::Float, false));
   for (size_t i = 0; i < places.size(); i += 3) {
     STD_TORCH_CHECK(
         places[i] >= 0 && places[i] < all && places[i + 2] >= 0 && places[i + 2] < static_cast<int64_t>(values.size()),
         "_run_recorded: there is no call ", places[i], " or no value ", places[i + 2]);
   }
-  const Lent lent(*calls, values, places);
-  for (int64_t i = first; i < first + count; ++i) (*calls)[i]->run();
+  {
+    const Lent lent(*calls, values, places);
+    for (int64_t i = first; i < first + count; ++i) (*calls)[i]->run();
+  }
+  values.erase(values.begin(), values.begin() + static_cast<int64_t>(brought));
+  return values;
 }
 
 }  // namespace

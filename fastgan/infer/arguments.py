@@ -39,7 +39,7 @@ class Arguments:
             names = spec_of_example.child(1).context or []
             kwargs = {name: kwargs[name] for name in names} if set(names) == set(kwargs) else dict(kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != spec_of_example:
+        if spec is not spec_of_example and spec != spec_of_example:
             raise ValueError(
                 f"infer: arguments must be those of the example, {_signature(spec_of_example)}, got {_signature(spec)}"
             )
@@ -54,13 +54,18 @@ class Arguments:
             if not isinstance(leaf, Tensor):
                 raise ValueError(f"infer: argument {number} must be a tensor as in the example, got {leaf!r}")
             shape, dtype = next(expected)
-            if tuple(leaf.shape) != shape or leaf.dtype != dtype or leaf.device.type != self._device.type:
+            if leaf.shape != shape or leaf.dtype != dtype or not self._is_there(leaf):
                 raise ValueError(
                     f"infer: argument {number} must be {list(shape)} of {dtype} on {self._device.type} as in the "
                     f"example, got {list(leaf.shape)} of {leaf.dtype} on {leaf.device}; optimize once for each size"
                 )
-            inputs.append(leaf.detach().contiguous())
+            # Asked first: cheaper than a copy of what is fine already, between two calls of a small generator.
+            plain = leaf.detach() if leaf.requires_grad else leaf
+            inputs.append(plain if plain.is_contiguous() else plain.contiguous())
         return inputs
+
+    def _is_there(self, tensor: Tensor) -> bool:
+        return tensor.is_cpu if self._device.type == "cpu" else tensor.is_cuda
 
 
 def _signature(spec: pytree.TreeSpec) -> str:

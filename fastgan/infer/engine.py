@@ -310,8 +310,8 @@ class FastGenerator(nn.Module):
         Raises:
             ValueError: arguments that are not like the example's.
         """
-        results = self._run(self._arguments.inputs(args, kwargs))
-        return pytree.tree_unflatten(results, self._captured.out_spec)
+        results, spec = self._run(self._arguments.inputs(args, kwargs)), self._captured.out_spec
+        return results[0] if spec.is_leaf() else pytree.tree_unflatten(results, spec)
 
     def report(self) -> Report:
         """What was fused, what was not and why, and how each convolution is computed."""
@@ -369,8 +369,12 @@ class FastGenerator(nn.Module):
         files.save(Path(path), self._captured, self.program, facts)
 
     def _run(self, inputs: list[Tensor], watch: Watch | None = None) -> list[Any]:
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                return self._run(inputs, watch)
-        with torch.no_grad(), self.pool.borrow() as workspace:
-            return workspace.run(inputs, watch)
+        # A small generator has finished a layer by the time that a context is entered and left.
+        workspace = self.pool.take()
+        try:
+            if watch is None and workspace.only_recorded:
+                return workspace.run(inputs)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                return workspace.run(inputs, watch)
+        finally:
+            self.pool.give(workspace)

@@ -25,6 +25,8 @@ class Functional:
         precision: "fp32" or "high", see :func:`fastgan.precision`.
     """
 
+    only_recorded = False
+
     def __init__(self, program: Program, module: fx.GraphModule, precision: str) -> None:
         self.program, self.module, self.precision = program, module, precision
         module.recompile()

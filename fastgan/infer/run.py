@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Stretch:
     Attributes:
         first, count: calls of the recording.
         slots: values that a run brings, and at which ``places`` (:meth:`fastgan.ops._into.Recording.run`).
+        results: slots of those that it makes, and their ``sizes``.
         release: slots to forget behind it.
     """
 
@@ -47,11 +49,18 @@ class Stretch:
     count: int = 0
     slots: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    results: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     release: list[int] = field(default_factory=list)
 
 
 class Workspace:
-    """One caller's memory, and the program's calls with what lies in it filled in."""
+    """One caller's memory, and the program's calls with what lies in it filled in.
+
+    Attributes:
+        only_recorded: whether a call, unwatched, runs no operator of torch, so that it does not matter whether the
+            caller is recording gradients or autocasts.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -67,6 +76,9 @@ class Workspace:
         self.calls = [self._prepared(step) for step in program.steps]
         self.recording = _into.Recording()
         self.stretches = self._stretches()
+        made = {slot for stretch in self.stretches for slot in stretch.results}
+        self.first_results = [slot for slot in program.results if slot not in made]
+        self.only_recorded = all(stretch.call is None for stretch in self.stretches) and not program.borrowed
 
     def _view(self, view: View) -> Tensor:
         n, c, h, w = view.shape
@@ -86,23 +98,34 @@ class Workspace:
 
     def _stretches(self) -> list[Stretch]:
         found: list[Stretch] = []
-        unknown = torch.empty(0, device="cpu")
-        for call in self.calls:
-            late = call.late or []
-            known = call.late is not None and all(isinstance(call.args[i], Slot) for i in late)
-            if not known or call.kwargs or call.step.kernel not in _into.RECORDABLE:
-                found.append(Stretch(call, release=call.step.release))
-                continue
-            if not found or found[-1].call is not None:
-                found.append(Stretch(None, first=self.recording.count))
-            stretch = found[-1]
-            for i in late:
-                stretch.places += [self.recording.count, i, len(stretch.slots)]
-                stretch.slots.append(call.args[i].index)
-            self.recording.add(call.step.kernel, [unknown if i in late else v for i, v in enumerate(call.args)])
-            stretch.count += 1
-            stretch.release = stretch.release + call.step.release
+        for recordable, calls in itertools.groupby(self.calls, self._is_recordable):
+            if recordable:
+                found.append(self._recorded(list(calls)))
+            else:
+                found += [Stretch(call, release=call.step.release) for call in calls]
         return found
+
+    @staticmethod
+    def _is_recordable(call: Call) -> bool:
+        known = call.late is not None and all(isinstance(call.args[i], Slot) for i in call.late)
+        return known and not call.kwargs and call.step.kernel in _into.RECORDABLE
+
+    def _recorded(self, calls: list[Call]) -> Stretch:
+        results = [call.step.slot for call in calls if call.step.slot in self.program.results]
+        late = [call.args[i].index for call in calls for i in call.late or []]
+        slots = [slot for slot in dict.fromkeys(late) if slot not in results]
+        place_of = {slot: place for place, slot in enumerate([*slots, *results])}
+        stretch = Stretch(None, self.recording.count, len(calls), slots, results=results)
+        for call in calls:
+            args = list(call.args)
+            for i in call.late or []:
+                stretch.places += [self.recording.count, i, place_of[args[i].index]]
+                args[i] = torch.empty(0, device="cpu")
+            self.recording.add(call.step.kernel, args)
+            stretch.release += call.step.release
+        for slot in results:
+            stretch.sizes += self.program.results[slot]
+        return stretch
 
     def _is_late(self, value: Any) -> bool:
         if isinstance(value, Slot):
@@ -121,8 +144,8 @@ class Workspace:
         program, values = self.program, list(self.values)
         for (slot, _, _), value in zip(program.inputs, inputs, strict=True):
             values[slot] = value
-        for slot, shape in program.results.items():
-            values[slot] = torch.empty(shape, dtype=torch.float32, device="cpu")
+        for slot in self.first_results if watch is None else program.results:
+            values[slot] = torch.empty(program.results[slot], dtype=torch.float32, device="cpu")
         if watch is None:
             for stretch in self.stretches:
                 self._run_stretch(stretch, values)
@@ -138,8 +161,10 @@ class Workspace:
         if stretch.call is not None:
             self._run_call(stretch.call, values)
         else:
-            of_run = [values[slot] for slot in stretch.slots]
-            self.recording.run(stretch.first, stretch.count, of_run, stretch.places)
+            brought = [values[slot] for slot in stretch.slots]
+            made = self.recording.run(stretch.first, stretch.count, brought, stretch.places, stretch.sizes)
+            for slot, value in zip(stretch.results, made, strict=True):
+                values[slot] = value
         for slot in stretch.release:
             values[slot] = None
 
@@ -172,14 +197,23 @@ class Pool:
         self._lock = threading.Lock()
         self.count = 0
 
-    @contextlib.contextmanager
-    def borrow(self) -> Iterator[Workspace | Functional]:
+    def take(self) -> Workspace | Functional:
+        """One that nobody else has, until :meth:`give`."""
         with self._lock:
             workspace = self._free.pop() if self._free else None
             self.count += workspace is None
-        workspace = workspace or self._make()
+        return workspace or self._make()
+
+    def give(self, workspace: Workspace | Functional) -> None:
+        """Back, for the next caller."""
+        with self._lock:
+            self._free.append(workspace)
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Workspace | Functional]:
+        """One for the length of a block."""
+        workspace = self.take()
         try:
             yield workspace
         finally:
-            with self._lock:
-                self._free.append(workspace)
+            self.give(workspace)

@@ -48,9 +48,13 @@ for schema in (
     f" {_SHIFTS}, {_GEOMETRY}, int tile, {_EPILOGUE}, Tensor(a!) out) -> ()",
     f"_quantized_tiles(Tensor x, Tensor weight, {_GEOMETRY}) -> str",
     f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
-    "_run_recorded(Tensor memory, int recording, int first, int count, Tensor(a!)[] values, int[] places) -> ()",
+    "_run_recorded(Tensor memory, int recording, int first, int count, Tensor(a!)[] values, int[] places,"
+    " int[] sizes) -> Tensor[]",
 ):
     LIBRARY.define(schema)
+
+# Autograd's own kernel for ops without a gradient looks at every argument; a call costs a third more with it.
+LIBRARY.impl("_run_recorded", torch.library.fallthrough_kernel, "Autograd")
 
 _native.load()
 
@@ -60,6 +64,7 @@ epilogue_into = torch.ops.fastgan._epilogue_into.default
 norm_act_into = torch.ops.fastgan._norm_act_into.default
 upfirdn2d_into = torch.ops.fastgan._upfirdn2d_into.default
 dense_block_into = torch.ops.fastgan._dense_block_into.default
+_run_recorded = torch.ops.fastgan._run_recorded.default
 # Those that only write into what they are given.
 RECORDABLE = (
     *(scaled_conv2d_into, quantized_conv2d_into, epilogue_into, norm_act_into, upfirdn2d_into, dense_block_into),
@@ -85,14 +90,25 @@ class Recording:
             self._library.fastgan_record(0)
         self.count += 1
 
-    def run(self, first: int, count: int, values: Sequence[Tensor], places: Sequence[int]) -> None:
+    def run(
+        self,
+        first: int,
+        count: int,
+        values: Sequence[Tensor],
+        places: Sequence[int],
+        sizes: Sequence[int] = (),
+    ) -> list[Tensor]:
         """Run calls [first, first + count).
 
         Args:
             values: tensors in place of some that were recorded, for this run.
-            places: of each, three numbers: the call, the argument, the value.
+            places: of each, three numbers: the call, the argument, the value; behind ``values`` come new ones.
+            sizes: N, C, H and W of each new one, float32, contiguous.
+
+        Returns:
+            The new ones.
         """
-        torch.ops.fastgan._run_recorded.default(self._memory, self._number, first, count, values, places)
+        return _run_recorded(self._memory, self._number, first, count, values, places, sizes)
 
 
 def convolution_candidates(*args) -> list[tuple[str, int, float]]:
