@@ -10,6 +10,7 @@
 
 #include "few_outputs.h"
 #include "product.h"
+#include "recorded_calls.h"
 #include "tasks.h"
 
 namespace fastgan {
@@ -248,8 +249,16 @@ Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const Conv
 void direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                  const PlanarResult& result) {
   if (few_outputs_takes(x, weight, g)) return few_outputs_conv(x, weight, image, g, result);
-  const ConvPlan plan(x, weight, g);
-  const Tiling tiling(plan);
+  struct Plans {
+    ConvPlan conv;
+    Tiling tiling;
+  };
+  const auto plans = planned<Plans>(x, weight, [&] {
+    const ConvPlan conv(x, weight, g);
+    return Plans{conv, Tiling(conv)};
+  });
+  const ConvPlan& plan = plans->conv;
+  const Tiling& tiling = plans->tiling;
   const int64_t lines_of_all = plan.n * plan.base_h;
   const int64_t blocks_per_sample = tiling.narrow ? tiling.line_blocks : tiling.line_blocks / plan.n;
   share_tasks(tiling.line_blocks * tiling.row_blocks, [&](Tasks tasks) {

@@ -17,6 +17,7 @@
 #include "kept_weights.h"
 #include "large_buffer.h"
 #include "quads.h"
+#include "recorded_calls.h"
 #include "tasks.h"
 #include "winograd_weights.h"
 #include "word_image.h"
@@ -108,20 +109,10 @@ void planes_of(const Spreading<Word>& s) {
 }
 #endif
 
+// What depends on sizes alone.
 template <typename Word>
-class Call {
- public:
-  Call(const ConvPlan& plan, const Tensor& weight, const ConvGeometry& g, Storage storage,
-       const Quantization& quantization);
-
-  void load(const ScaledImage& x) { image_.load(x, quantization_); }
-  void multiply(const PlanarResult& result) const;
-
- private:
-  using Value = typename Form<Word>::Value;
-  using Source = typename Form<Word>::Source;
+struct Layout {
   static constexpr int64_t kPerWord = Form<Word>::kPerWord;
-  static constexpr bool kBytes = std::is_same_v<Word, int32_t>;
 
   // Weights that are in the first-level cache together: words of some taps.
   struct Chunk {
@@ -135,6 +126,90 @@ class Call {
     std::vector<Chunk> chunks;
     int64_t first;  // word of the slab
   };
+
+  Layout(const Tensor& x, const Tensor& weight, const ConvGeometry& g, Storage storage);
+
+  ConvPlan plan;
+  WordImage<typename Form<Word>::Value> image;
+  int64_t word_bytes;          // of the weights
+  int64_t words, slab, slabs;  // words of a tap
+  int64_t lines;               // of results, per task
+  int64_t words_of_slab = 0;
+  std::vector<PhaseTaps> taps;
+  std::vector<int64_t> key;  // of the packed weights
+
+ private:
+  bool meets_pixel(const Tap& tap) const;
+  PhaseTaps taps_of(const Phase& phase) const;
+};
+
+template <typename Word>
+Layout<Word>::Layout(const Tensor& x, const Tensor& weight, const ConvGeometry& g, Storage storage)
+    : plan(x, weight, g),
+      image(plan),
+      word_bytes(storage == Storage::kBfloat16 ? sizeof(BFloat16) : sizeof(Word)),
+      words(image.depth() / kPerWord),
+      slab(slab_size(plan.c_out, storage)),
+      slabs(ceil_div(plan.c_out, slab)),
+      lines([&] {
+        const int64_t all = plan.n * plan.base_h, shares = ceil_div(torch::stable::get_num_threads(), slabs);
+        return std::clamp<int64_t>(kBlockPixels / plan.base_w, 1, ceil_div(all, shares));
+      }()),
+      // Below 0: what Winograd's filtering makes of a weight has its tile there.
+      key{-1, static_cast<int64_t>(storage), g.transposed, g.stride[0], weight.size(0), weight.size(1)} {
+  for (const Phase& phase : plan.phases) {
+    taps.push_back(taps_of(phase));
+    words_of_slab += words * static_cast<int64_t>(taps.back().kernel.size());
+    key.push_back(-1);
+    key.insert(key.end(), taps.back().kernel.begin(), taps.back().kernel.end());
+  }
+}
+
+template <typename Word>
+bool Layout<Word>::meets_pixel(const Tap& tap) const {
+  const Sampling& in = plan.input;
+  const auto meets = [&](int64_t results, int64_t shift, int64_t place, int64_t size) {
+    const int64_t first = in.stride * shift + place, last = first + in.stride * (results - 1);
+    return last >= 0 && first < size;
+  };
+  return in.reflect || (meets(plan.base_h, tap.dy, tap.plane / in.stride, in.h_in) &&
+                        meets(plan.base_w, tap.dx, tap.plane % in.stride, in.w_in));
+}
+
+template <typename Word>
+typename Layout<Word>::PhaseTaps Layout<Word>::taps_of(const Phase& phase) const {
+  PhaseTaps found{.kernel = {}, .chunks = {}, .first = words_of_slab};
+  // Of weights that stay in the first-level cache, which processors with wider registers have larger.
+  const int64_t near_bytes = 2048 * product_lanes();
+  const int64_t near = near_bytes / (slab * word_bytes), together = std::max<int64_t>(1, near / words);
+  for (const Tap& tap : phase.taps) {
+    if (!meets_pixel(tap)) continue;
+    const int64_t at = image.offset(tap) / kPerWord, before = words * static_cast<int64_t>(found.kernel.size());
+    for (int64_t k = 0; k < words; k += near) {
+      if (words > near || found.kernel.size() % together == 0) {
+        found.chunks.push_back({.taps = {}, .words = std::min(near, words - k), .first = before + k});
+      }
+      found.chunks.back().taps.push_back(static_cast<int32_t>(at + k));
+    }
+    found.kernel.push_back(tap.weight);
+  }
+  return found;
+}
+
+template <typename Word>
+class Call {
+ public:
+  Call(const Layout<Word>& layout, const Tensor& weight, const ConvGeometry& g, Storage storage,
+       const Quantization& quantization);
+
+  void run(const ScaledImage& x, const PlanarResult& result);
+
+ private:
+  using Value = typename Form<Word>::Value;
+  using Source = typename Form<Word>::Source;
+  using Chunk = typename Layout<Word>::Chunk;
+  static constexpr int64_t kPerWord = Form<Word>::kPerWord;
+  static constexpr bool kBytes = std::is_same_v<Word, int32_t>;
   // One thread's buffers.
   struct Buffers {
     std::vector<const Word*> pixels;
@@ -144,91 +219,49 @@ class Call {
     PlaneWriter writer;
   };
 
-  bool meets_pixel(const Tap& tap) const;
-  PhaseTaps taps_of(const Phase& phase, int64_t first) const;
+  Value* image() const { return reinterpret_cast<Value*>(image_.get()); }
   LargeBuffer packed(const Tensor& weight, const ConvGeometry& g, bool lasting) const;
   void pack_slab(const Source* from, int64_t row, int64_t channel, int64_t slab, const LargeBuffer& to) const;
-  int64_t word_bytes() const { return storage_ == Storage::kBfloat16 ? sizeof(BFloat16) : sizeof(Word); }
-  int64_t weight_bytes() const { return slabs_ * words_of_slab_ * slab_ * word_bytes(); }
+  int64_t weight_bytes() const { return slabs_ * layout_.words_of_slab * slab_ * layout_.word_bytes; }
   // Of bytes: sums of the weights, [phase, slabs * slab], behind the weights.
   int32_t* weight_sums(const LargeBuffer& packed) const {
     return reinterpret_cast<int32_t*>(reinterpret_cast<char*>(packed.get()) + weight_bytes());
   }
 
+  void multiply(const PlanarResult& result) const;
   void add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const;
   void multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels, Word* sums, const Buffers& b) const;
   void write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const;
   void join_phases(const float* from, int64_t rows, float* to) const;
 
+  const Layout<Word>& layout_;
   const ConvPlan& plan_;
   const Storage storage_;
   const Quantization quantization_;
-  const int64_t phases_;
-  WordImage<Value> image_;
-  const int64_t words_, slab_, slabs_;  // words of a tap
-  const int64_t lines_;                 // of results, per task
-  int64_t words_of_slab_ = 0;
-  std::vector<PhaseTaps> taps_;
-  std::shared_ptr<const LargeBuffer> weights_;  // [slabs, words of all phases, slab]
+  const int64_t phases_, slab_, slabs_, lines_;
+  const LargeBuffer image_;
+  const std::shared_ptr<const LargeBuffer> weights_;  // [slabs, words of all phases, slab]
 };
 
 template <typename Word>
-Call<Word>::Call(const ConvPlan& plan, const Tensor& weight, const ConvGeometry& g, Storage storage,
+Call<Word>::Call(const Layout<Word>& layout, const Tensor& weight, const ConvGeometry& g, Storage storage,
                  const Quantization& quantization)
-    : plan_(plan),
+    : layout_(layout),
+      plan_(layout.plan),
       storage_(storage),
       quantization_(quantization),
-      phases_(static_cast<int64_t>(plan.phases.size())),
-      image_(plan),
-      words_(image_.depth() / kPerWord),
-      slab_(slab_size(plan.c_out, storage)),
-      slabs_(ceil_div(plan.c_out, slab_)),
-      lines_([&] {
-        const int64_t all = plan.n * plan.base_h, shares = ceil_div(torch::stable::get_num_threads(), slabs_);
-        return std::clamp<int64_t>(kBlockPixels / plan.base_w, 1, ceil_div(all, shares));
-      }()) {
-  // Below 0: what Winograd's filtering makes of a weight has its tile there.
-  std::vector<int64_t> key{
-      -1, static_cast<int64_t>(storage), g.transposed, g.stride[0], weight.size(0), weight.size(1)};
-  for (const Phase& phase : plan.phases) {
-    taps_.push_back(taps_of(phase, words_of_slab_));
-    words_of_slab_ += words_ * static_cast<int64_t>(taps_.back().kernel.size());
-    key.push_back(-1);
-    key.insert(key.end(), taps_.back().kernel.begin(), taps_.back().kernel.end());
-  }
-  weights_ = made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), key,
-                     [&](bool lasting) { return packed(weight, g, lasting); });
-}
+      phases_(static_cast<int64_t>(plan_.phases.size())),
+      slab_(layout.slab),
+      slabs_(layout.slabs),
+      lines_(layout.lines),
+      image_(ceil_div(layout.image.size() * static_cast<int64_t>(sizeof(Value)), sizeof(float))),
+      weights_(made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), layout.key,
+                       [&](bool lasting) { return packed(weight, g, lasting); })) {}
 
 template <typename Word>
-bool Call<Word>::meets_pixel(const Tap& tap) const {
-  const Sampling& in = plan_.input;
-  const auto meets = [&](int64_t results, int64_t shift, int64_t place, int64_t size) {
-    const int64_t first = in.stride * shift + place, last = first + in.stride * (results - 1);
-    return last >= 0 && first < size;
-  };
-  return in.reflect || (meets(plan_.base_h, tap.dy, tap.plane / in.stride, in.h_in) &&
-                        meets(plan_.base_w, tap.dx, tap.plane % in.stride, in.w_in));
-}
-
-template <typename Word>
-typename Call<Word>::PhaseTaps Call<Word>::taps_of(const Phase& phase, int64_t first) const {
-  PhaseTaps found{.kernel = {}, .chunks = {}, .first = first};
-  // Of weights that stay in the first-level cache, which processors with wider registers have larger.
-  const int64_t near_bytes = 2048 * product_lanes();
-  const int64_t near = near_bytes / (slab_ * word_bytes()), together = std::max<int64_t>(1, near / words_);
-  for (const Tap& tap : phase.taps) {
-    if (!meets_pixel(tap)) continue;
-    const int64_t at = image_.offset(tap) / kPerWord, words = words_ * static_cast<int64_t>(found.kernel.size());
-    for (int64_t k = 0; k < words_; k += near) {
-      if (words_ > near || found.kernel.size() % together == 0) {
-        found.chunks.push_back({.taps = {}, .words = std::min(near, words_ - k), .first = words + k});
-      }
-      found.chunks.back().taps.push_back(static_cast<int32_t>(at + k));
-    }
-    found.kernel.push_back(tap.weight);
-  }
-  return found;
+void Call<Word>::run(const ScaledImage& x, const PlanarResult& result) {
+  layout_.image.load(x, quantization_, image());
+  multiply(result);
 }
 
 template <typename Word>
@@ -246,17 +279,18 @@ LargeBuffer Call<Word>::packed(const Tensor& weight, const ConvGeometry& g, bool
 template <typename Word>
 void Call<Word>::pack_slab(const Source* from, int64_t row, int64_t channel, int64_t slab,
                            const LargeBuffer& to) const {
-  const int64_t first = slab * words_of_slab_ * slab_, rows = std::min(slab_, plan_.c_out - slab * slab_);
+  const int64_t first = slab * layout_.words_of_slab * slab_, rows = std::min(slab_, plan_.c_out - slab * slab_);
   const auto each_weight = [&](const auto& f) {
     for (int64_t p = 0; p < phases_; ++p) {
       for (int64_t block = 0; block < plan_.c_in; block += kGroup) {
         for (int64_t o = 0; o < rows; ++o) {
           for (int64_t c = block; c < std::min(block + kGroup, plan_.c_in); ++c) {
             const Source* const kernel = from + (slab * slab_ + o) * row + c * channel;
-            int64_t word = first + (taps_[p].first + c / kPerWord) * slab_;
-            for (const int64_t tap : taps_[p].kernel) {
+            const auto& taps = layout_.taps[p];
+            int64_t word = first + (taps.first + c / kPerWord) * slab_;
+            for (const int64_t tap : taps.kernel) {
               f(p, o, c, word, kernel[tap]);
-              word += words_ * slab_;
+              word += layout_.words * slab_;
             }
           }
         }
@@ -265,7 +299,7 @@ void Call<Word>::pack_slab(const Source* from, int64_t row, int64_t channel, int
   };
   if constexpr (kBytes) {
     auto* const values = reinterpret_cast<int8_t*>(to.get());
-    std::fill_n(values + first * kPerWord, words_of_slab_ * slab_ * kPerWord, int8_t{0});
+    std::fill_n(values + first * kPerWord, layout_.words_of_slab * slab_ * kPerWord, int8_t{0});
     int32_t* const sums = weight_sums(to) + slab * slab_;
     for (int64_t p = 0; p < phases_; ++p) std::fill_n(sums + p * slabs_ * slab_, slab_, 0);
     each_weight([&](int64_t p, int64_t o, int64_t c, int64_t word, int8_t value) {
@@ -274,12 +308,12 @@ void Call<Word>::pack_slab(const Source* from, int64_t row, int64_t channel, int
     });
   } else if (storage_ == Storage::kBfloat16) {
     BFloat16* const values = bf16_of(to);
-    std::fill_n(values + first, words_of_slab_ * slab_, BFloat16(0.0f));
+    std::fill_n(values + first, layout_.words_of_slab * slab_, BFloat16(0.0f));
     each_weight([&](int64_t, int64_t o, int64_t, int64_t word, float value) {
       values[word + paired(o, product_lanes())] = BFloat16(value);
     });
   } else {
-    std::fill_n(to.get() + first, words_of_slab_ * slab_, 0.0f);
+    std::fill_n(to.get() + first, layout_.words_of_slab * slab_, 0.0f);
     each_weight([&](int64_t, int64_t o, int64_t, int64_t word, float value) { to.get()[word + o] = value; });
   }
 }
@@ -323,14 +357,15 @@ template <typename Word>
 void Call<Word>::add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const {
   const int64_t pixels = lines * plan_.base_w;
   for (int64_t i = 0; i < pixels; ++i) {
-    const Value* const start = image_.line(line + i / plan_.base_w) + i % plan_.base_w * image_.step();
+    const Value* const start =
+        layout_.image.line(image(), line + i / plan_.base_w) + i % plan_.base_w * layout_.image.step();
     b.pixels[i] = reinterpret_cast<const Word*>(start);
   }
   Word* sums = b.sums.data();
-  for (const PhaseTaps& phase : taps_) {
+  for (const auto& phase : layout_.taps) {
     if (phase.chunks.empty()) std::fill_n(sums, pixels * slab_, Word{0});
     for (const Chunk& chunk : phase.chunks) {
-      multiply_chunk(chunk, slab * words_of_slab_ + phase.first + chunk.first, pixels, sums, b);
+      multiply_chunk(chunk, slab * layout_.words_of_slab + phase.first + chunk.first, pixels, sums, b);
     }
     sums += lines_ * plan_.base_w * slab_;
   }
@@ -340,9 +375,9 @@ void Call<Word>::add_products(int64_t line, int64_t lines, int64_t slab, Buffers
 // the first panels of pixels, as evenly as they can.
 template <typename Word>
 void Call<Word>::multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels, Word* sums, const Buffers& b) const {
-  const int64_t steps = static_cast<int64_t>(chunk.taps.size()) * chunk.words, step_bytes = slab_ * word_bytes();
+  const int64_t steps = static_cast<int64_t>(chunk.taps.size()) * chunk.words, step_bytes = slab_ * layout_.word_bytes;
   const auto* const weights = reinterpret_cast<const char*>(weights_->get()) + word * step_bytes;
-  const bool last = word + 2 * steps > slabs_ * words_of_slab_, narrow = storage_ == Storage::kBfloat16;
+  const bool last = word + 2 * steps > slabs_ * layout_.words_of_slab, narrow = storage_ == Storage::kBfloat16;
   const int64_t lines = last ? 0 : ceil_div(step_bytes, kLineBytes), panels = ceil_div(pixels, kPanelRows);
   const int64_t of_step = panels >= lines ? 1 : 2 * panels >= lines ? 2 : 4;
   int64_t fetched = 0;
@@ -399,10 +434,8 @@ void Call<Word>::join_phases(const float* from, int64_t rows, float* to) const {
 template <typename Word>
 void convolve(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g, Storage storage,
               const Quantization& quantization, const PlanarResult& result) {
-  const ConvPlan plan(x, weight, g);
-  Call<Word> call(plan, weight, g, storage, quantization);
-  call.load(image);
-  call.multiply(result);
+  const auto layout = planned<Layout<Word>>(x, weight, [&] { return Layout<Word>(x, weight, g, storage); });
+  Call<Word>(*layout, weight, g, storage, quantization).run(image, result);
 }
 
 // Nanoseconds, fitted to the layers of the models on an Ice Lake with two threads: of a product; what more it takes of

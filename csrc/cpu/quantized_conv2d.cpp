@@ -47,14 +47,23 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
                            const std::optional<Tensor>& in_scale, const std::optional<Tensor>& out_scale, double step,
                            int64_t low, int64_t high, const std::optional<Tensor>& noise,
                            const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
-                           const std::optional<Tensor>& residual, std::vector<int64_t> stride,
-                           std::vector<int64_t> padding, std::vector<int64_t> output_padding,
-                           std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect, int64_t tile,
-                           std::string act, double alpha, double gain, std::optional<double> clamp,
+                           const std::optional<Tensor>& residual, const std::vector<int64_t>& stride,
+                           const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
+                           const std::vector<int64_t>& dilation, bool transposed, int64_t groups, bool reflect,
+                           int64_t tile, const std::string& act, double alpha, double gain, std::optional<double> clamp,
                            double residual_gain, const Tensor& out) {
-  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups, reflect};
-  const Refusal refusal = refused_by_quantized(x, weight, geometry, tile);
-  STD_TORCH_CHECK(!refusal, "quantized_conv2d: it cannot serve this call: ", text_of(refusal));
+  struct Plan {
+    ConvGeometry geometry;
+    double weight_factor;
+    Act act;
+  };
+  const auto plan = planned<Plan>(x, weight, [&] {
+    const ConvGeometry g{stride, padding, output_padding, dilation, transposed, groups, reflect};
+    const Refusal refusal = refused_by_quantized(x, weight, g, tile);
+    STD_TORCH_CHECK(!refusal, "quantized_conv2d: it cannot serve this call: ", text_of(refusal));
+    return Plan{g, weight_factor_of(x, weight, g, tile), parse_act("quantized_conv2d", act)};
+  });
+  const auto& [geometry, weight_factor, activation] = *plan;
   STD_TORCH_CHECK(low <= 0 && high >= 0 && low < high && high - low <= 255,
                   "quantized_conv2d: low and high must be at most 255 apart and have 0 between them, got ", low,
                   " and ", high);
@@ -62,11 +71,10 @@ void quantized_conv2d_into(const Tensor& x, const Tensor& weight, const Tensor& 
                   "quantized_conv2d: weight_scale must have a value for each of ", weight.size(transposed ? 1 : 0),
                   " output channels, got ", weight_scale.numel());
   count_call(tile ? Algorithm::kQuantizedWinograd : Algorithm::kQuantizedDirect);
-  const std::optional<Tensor> factor =
-      factors_of(weight_scale, out_scale, step / weight_factor_of(x, weight, geometry, tile));
+  const std::optional<Tensor> factor = factors_of(weight_scale, out_scale, step / weight_factor);
   const auto dense_residual = residual ? std::optional(in_layout(*residual, false)) : std::nullopt;
   const EpilogueArgs args{factor,       noise,          noise_strength,
-                          bias,         dense_residual, parse_act("quantized_conv2d", act),
+                          bias,         dense_residual, activation,
                           alpha,        gain,           clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
   const Quantization quantization{static_cast<float>(1 / step), static_cast<float>(low), static_cast<float>(high)};

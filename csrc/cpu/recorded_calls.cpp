@@ -9,6 +9,7 @@ namespace fastgan {
 namespace {
 
 thread_local RecordedCalls* recording = nullptr;
+thread_local CallPlans* plans = nullptr;
 
 // All recordings, by their numbers from 1 on.
 struct Recordings {
@@ -92,6 +93,7 @@ std::vector<Tensor> run_recorded(const Tensor& memory, int64_t number, int64_t f
 }  // namespace
 
 RecordedCalls* recording_of_thread() { return recording; }
+CallPlans*& plans_of_thread() { return plans; }
 
 }  // namespace fastgan
 

@@ -2,18 +2,63 @@
 // dispatcher would find the caches full of images, and take as long as a small layer.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <tuple>
+#include <typeinfo>
 #include <utility>
 
 #include "common.h"
 
 namespace fastgan {
 
+// What a call has worked out from the sizes of its tensors and from arguments that never change, for its next run.
+class CallPlans {
+ public:
+  // The number of threads, and up to four sizes of two tensors.
+  using Key = std::array<int64_t, 9>;
+
+  template <typename T, typename Make>
+  std::shared_ptr<const T> get(const Key& key, Make&& make) {
+    for (Plan& known : plans_) {
+      if (*known.type != typeid(T)) continue;
+      if (known.key != key) known = {&typeid(T), key, std::make_shared<const T>(make())};
+      return std::static_pointer_cast<const T>(known.plan);
+    }
+    plans_.push_back({&typeid(T), key, std::make_shared<const T>(make())});
+    return std::static_pointer_cast<const T>(plans_.back().plan);
+  }
+
+ private:
+  struct Plan {
+    const std::type_info* type;
+    Key key;
+    std::shared_ptr<const void> plan;
+  };
+  std::vector<Plan> plans_;
+};
+
+// Those of the recorded call that this thread runs; null while it runs none.
+CallPlans*& plans_of_thread();
+
+// make(), which depends on x's and the weight's sizes and on nothing that changes between two runs of a recorded call;
+// there, it is called once for every T.
+template <typename T, typename Make>
+std::shared_ptr<const T> planned(const Tensor& x, const Tensor& weight, Make&& make) {
+  CallPlans* const plans = plans_of_thread();
+  if (!plans) return std::make_shared<const T>(make());
+  CallPlans::Key key{torch::stable::get_num_threads()};
+  const auto of_x = x.sizes(), of_weight = weight.sizes();
+  std::copy_n(of_x.begin(), std::min<size_t>(of_x.size(), 4), key.begin() + 1);
+  std::copy_n(of_weight.begin(), std::min<size_t>(of_weight.size(), 4), key.begin() + 5);
+  return plans->get<T>(key, make);
+}
+
 class RecordedCall {
  public:
   virtual ~RecordedCall() = default;
-  virtual void run() const = 0;
+  virtual void run() = 0;
   // Swaps its argument number `place` with another tensor; false where that is no tensor.
   virtual bool swap(size_t place, Tensor& tensor) = 0;
 };
@@ -29,7 +74,10 @@ class RecordedCallOf final : public RecordedCall {
  public:
   RecordedCallOf(void (*function)(Args...), const std::decay_t<Args>&... args) : function_(function), args_(args...) {}
 
-  void run() const override { std::apply(function_, args_); }
+  void run() override {
+    const Planning planning(plans_);
+    std::apply(function_, args_);
+  }
 
   bool swap(size_t place, Tensor& tensor) override {
     return std::apply(
@@ -41,6 +89,18 @@ class RecordedCallOf final : public RecordedCall {
   }
 
  private:
+  // While it exists, this thread's calls find these plans.
+  class Planning {
+   public:
+    explicit Planning(CallPlans& plans) : before_(std::exchange(plans_of_thread(), &plans)) {}
+    ~Planning() { plans_of_thread() = before_; }
+    Planning(const Planning&) = delete;
+    Planning& operator=(const Planning&) = delete;
+
+   private:
+    CallPlans* const before_;
+  };
+
   static bool swap_with(Tensor& own, Tensor& other) {
     std::swap(own, other);
     return true;
@@ -53,6 +113,7 @@ class RecordedCallOf final : public RecordedCall {
 
   void (*const function_)(Args...);
   std::tuple<std::decay_t<Args>...> args_;
+  CallPlans plans_;
 };
 
 // A kernel as TORCH_BOX takes it, whose calls can be recorded.

@@ -182,17 +182,27 @@ Storage parse_storage(const std::string& name) {
 void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> output_padding,
-                        std::vector<int64_t> dilation, bool transposed, int64_t groups, bool reflect, bool rectify,
-                        std::string algorithm, int64_t tile, std::string storage_name, std::string act, double alpha,
-                        double gain, std::optional<double> clamp, double residual_gain, const Tensor& out) {
-  const ConvGeometry geometry{stride, padding, output_padding, dilation, transposed, groups, reflect};
-  const ConvChoice choice = chosen_convolution(x, weight, geometry, algorithm, tile);
-  const Storage storage = parse_storage(storage_name);
+                        const std::optional<Tensor>& residual, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
+                        const std::vector<int64_t>& dilation, bool transposed, int64_t groups, bool reflect,
+                        bool rectify, const std::string& algorithm, int64_t tile, const std::string& storage_name,
+                        const std::string& act, double alpha, double gain, std::optional<double> clamp,
+                        double residual_gain, const Tensor& out) {
+  struct Plan {
+    ConvGeometry geometry;
+    ConvChoice choice;
+    Storage storage;
+    Act act;
+  };
+  const auto plan = planned<Plan>(x, weight, [&] {
+    const ConvGeometry g{stride, padding, output_padding, dilation, transposed, groups, reflect};
+    return Plan{g, chosen_convolution(x, weight, g, algorithm, tile), parse_storage(storage_name),
+                parse_act("scaled_conv2d", act)};
+  });
+  const auto& [geometry, choice, storage, activation] = *plan;
   count_call(choice.algorithm);
   const EpilogueArgs args{out_scale,    noise,    noise_strength,
-                          bias,         residual, parse_act("scaled_conv2d", act),
+                          bias,         residual, activation,
                           alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
   if (is_fused(choice.algorithm)) {

@@ -12,6 +12,7 @@
 #include "channel_patch.h"
 #include "pair_product.h"
 #include "product.h"
+#include "recorded_calls.h"
 #include "tasks.h"
 #include "winograd.h"
 #include "winograd_weights.h"
@@ -74,25 +75,34 @@ int64_t joined_phases(const ConvPlan& conv, const WinogradPlan& plan, int64_t sl
   return std::max<int64_t>(joined, 1);
 }
 
+// What depends on sizes alone.
+struct Plans {
+  ConvPlan conv;
+  WinogradPlan winograd;
+
+  Plans(const ConvPlan& plan, const Tensor& weight, int64_t m)
+      : conv(plan), winograd(conv, taps_per_axis(conv, weight.size(2)), m) {}
+};
+
 class Call {
  public:
-  Call(const ConvPlan& conv, int64_t m, const Tensor& weight, const ConvGeometry& g, Storage storage,
+  Call(const Plans& plans, const Tensor& weight, const ConvGeometry& g, Storage storage,
        const Quantization* quantization, GrowingTiles* growing = nullptr)
-      : conv_(conv),
+      : conv_(plans.conv),
         quantization_(quantization),
         growing_(growing),
         first_channel_(growing ? growing->channels : 0),
-        plan_(conv, taps_per_axis(conv, weight.size(2)), m),
+        plan_(plans.winograd),
         transforming_(transforming_of(plan_, weight, storage, !growing)),
         phases_(static_cast<int64_t>(plan_.phases.size())),
         lanes_(product_lanes()),
-        slab_(slab_size(conv.c_out, storage)),
-        joined_(joined_phases(conv, plan_, slab_)),
+        slab_(slab_size(conv_.c_out, storage)),
+        joined_(joined_phases(conv_, plan_, slab_)),
         per_word_(channels_per_word(storage)),
         most_depth_(growing ? growing->most : plan_.depth / per_word_),
-        blocking_(growing ? blocking_of_growing(conv, taps_per_axis(conv, weight.size(2)), m, slab_, *growing)
-                          : blocking_of(conv, plan_, transforming_, most_depth_, slab_)),
-        weights_(conv, plan_, transforming_, blocking_.slabs, weight, g, storage) {}
+        blocking_(growing ? blocking_of_growing(conv_, taps_per_axis(conv_, weight.size(2)), plan_.m, slab_, *growing)
+                          : blocking_of(conv_, plan_, transforming_, most_depth_, slab_)),
+        weights_(conv_, plan_, transforming_, blocking_.slabs, weight, g, storage) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
 
@@ -189,7 +199,7 @@ class Call {
   const Quantization* const quantization_;  // null: floats
   GrowingTiles* const growing_;
   const int64_t first_channel_;  // of x
-  const WinogradPlan plan_;
+  const WinogradPlan& plan_;
   const Transforming transforming_;
   const int64_t phases_, lanes_, slab_, joined_, per_word_, most_depth_;
   const Blocking blocking_;
@@ -464,21 +474,21 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
 
 void winograd_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g, int64_t m,
                    Storage storage, const PlanarResult& result) {
-  const ConvPlan conv(x, weight, g);
-  Call(conv, m, weight, g, storage, nullptr).run(image, result);
+  const auto plans = planned<Plans>(x, weight, [&] { return Plans(ConvPlan(x, weight, g), weight, m); });
+  Call(*plans, weight, g, storage, nullptr).run(image, result);
 }
 
 void quantized_winograd_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                              int64_t m, const Quantization& quantization, const PlanarResult& result) {
-  const ConvPlan conv(x, weight, g);
-  Call(conv, m, weight, g, m == 1 ? Storage::kInt8 : Storage::kInt16, &quantization).run(image, result);
+  const auto plans = planned<Plans>(x, weight, [&] { return Plans(ConvPlan(x, weight, g), weight, m); });
+  Call(*plans, weight, g, m == 1 ? Storage::kInt8 : Storage::kInt16, &quantization).run(image, result);
 }
 
 void growing_winograd_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t m, GrowingTiles& tiles,
                            const PlanarResult& result) {
   ConvPlan conv(x, weight, g);
   conv.c_in = tiles.channels + x.size(1);
-  Call(conv, m, weight, g, Storage::kFloat, nullptr, &tiles).run(ScaledImage(x, std::nullopt), result);
+  Call(Plans(conv, weight, m), weight, g, Storage::kFloat, nullptr, &tiles).run(ScaledImage(x, std::nullopt), result);
   tiles.channels = conv.c_in;
 }
 

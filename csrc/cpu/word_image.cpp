@@ -78,25 +78,23 @@ WordImage<T>::WordImage(const ConvPlan& plan)
       base_h_(plan.base_h),
       depth_(round_up(plan.c_in, kGroup)),
       rows_(in_.stride * (plan.base_h + in_.dy_span)),
-      columns_(in_.stride * (plan.base_w + in_.dx_span)),
-      values_(ceil_div(n_ * rows_ * columns_ * depth_ * static_cast<int64_t>(sizeof(T)), sizeof(float))) {}
+      columns_(in_.stride * (plan.base_w + in_.dx_span)) {}
 
 template <typename T>
-void WordImage<T>::load(const ScaledImage& x, const Quantization& quantization) {
+void WordImage<T>::load(const ScaledImage& x, const Quantization& quantization, T* values) const {
   const int64_t grain = kGrainElements / (columns_ * depth_) + 1;
   torch::stable::parallel_for(0, n_ * rows_, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) load_row(x, quantization, row);
+    for (int64_t row = begin; row < end; ++row) load_row(x, quantization, row, values + row * columns_ * depth_);
   });
 }
 
 template <typename T>
-void WordImage<T>::load_row(const ScaledImage& x, const Quantization& quantization, int64_t row) const {
+void WordImage<T>::load_row(const ScaledImage& x, const Quantization& quantization, int64_t row, T* to) const {
   constexpr bool kBytes = std::is_same_v<T, uint8_t>;
   const T zero = kBytes ? static_cast<T>(-quantization.low) : T{};
   const int64_t left = in_.stride * in_.dx_min, first = std::clamp<int64_t>(-left, 0, columns_),
                 last = std::clamp(in_.w_in - left, first, columns_);
   const int64_t sample = row / rows_, line = continued(row % rows_ + in_.stride * in_.dy_min, in_.h_in, in_.reflect);
-  T* const to = values() + row * columns_ * depth_;
   if (line < 0) {
     std::fill_n(to, columns_ * depth_, zero);
     return;

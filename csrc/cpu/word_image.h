@@ -1,9 +1,9 @@
-// An image as products without a transform read it: all channels of a pixel side by side, with the padding around.
+// How an image lies as products without a transform read it: all channels of a pixel side by side, with the padding
+// around.
 #pragma once
 
 #include "channel_patch.h"
 #include "conv_plan.h"
-#include "large_buffer.h"
 
 namespace fastgan {
 
@@ -11,11 +11,12 @@ namespace fastgan {
 template <typename T>
 class WordImage {
  public:
-  // Uninitialised, as far as the taps of `plan` reach.
+  // As far as the taps of `plan` reach.
   explicit WordImage(const ConvPlan& plan);
 
-  // Fills it, by all threads.
-  void load(const ScaledImage& x, const Quantization& quantization);
+  // Lays x out, by all threads, in `size` values.
+  int64_t size() const { return n_ * rows_ * columns_ * depth_; }
+  void load(const ScaledImage& x, const Quantization& quantization, T* values) const;
 
   int64_t depth() const { return depth_; }  // values of a pixel: those of no channel stand for 0
   // Where a tap reads for the first result of its line, behind where the line starts.
@@ -25,18 +26,16 @@ class WordImage {
     return (row * columns_ + column) * depth_;
   }
   // Where a line of results of a phase starts, counted through all samples, and the step from one to the next of them.
-  const T* line(int64_t line) const {
-    return values() + (line / base_h_ * rows_ + in_.stride * (line % base_h_)) * columns_ * depth_;
+  const T* line(const T* values, int64_t line) const {
+    return values + (line / base_h_ * rows_ + in_.stride * (line % base_h_)) * columns_ * depth_;
   }
   int64_t step() const { return in_.stride * depth_; }
 
  private:
-  T* values() const { return reinterpret_cast<T*>(values_.get()); }
-  void load_row(const ScaledImage& x, const Quantization& quantization, int64_t row) const;
+  void load_row(const ScaledImage& x, const Quantization& quantization, int64_t row, T* to) const;
 
-  const Sampling& in_;
-  const int64_t n_, c_in_, base_h_, depth_, rows_, columns_;
-  LargeBuffer values_;  // [N, rows, columns, depth]
+  Sampling in_;
+  int64_t n_, c_in_, base_h_, depth_, rows_, columns_;  // values: [N, rows, columns, depth]
 };
 
 }  // namespace fastgan
