@@ -133,7 +133,8 @@ struct Layout {
   WordImage<typename Form<Word>::Value> image;
   int64_t word_bytes;          // of the weights
   int64_t words, slab, slabs;  // words of a tap
-  int64_t lines;               // of results, per task
+  int64_t blocks;              // of lines of results, one per task
+  int64_t lines;               // of the largest block
   int64_t words_of_slab = 0;
   std::vector<PhaseTaps> taps;
   std::vector<int64_t> key;  // of the packed weights
@@ -151,10 +152,13 @@ Layout<Word>::Layout(const Tensor& x, const Tensor& weight, const ConvGeometry& 
       words(image.depth() / kPerWord),
       slab(slab_size(plan.c_out, storage)),
       slabs(ceil_div(plan.c_out, slab)),
-      lines([&] {
-        const int64_t all = plan.n * plan.base_h, shares = ceil_div(torch::stable::get_num_threads(), slabs);
-        return std::clamp<int64_t>(kBlockPixels / plan.base_w, 1, ceil_div(all, shares));
+      blocks([&] {
+        const int64_t all = plan.n * plan.base_h, threads = torch::stable::get_num_threads();
+        const int64_t least = ceil_div(all, std::max<int64_t>(kBlockPixels / plan.base_w, 1));
+        // As many tasks for each thread.
+        return std::min(all, slabs % threads ? round_up(least, threads) : least);
       }()),
+      lines(ceil_div(plan.n * plan.base_h, blocks)),
       // Below 0: what Winograd's filtering makes of a weight has its tile there.
       key{-1, static_cast<int64_t>(storage), g.transposed, g.stride[0], weight.size(0), weight.size(1)} {
   for (const Phase& phase : plan.phases) {
@@ -238,7 +242,7 @@ class Call {
   const ConvPlan& plan_;
   const Storage storage_;
   const Quantization quantization_;
-  const int64_t phases_, slab_, slabs_, lines_;
+  const int64_t phases_, slab_, slabs_, blocks_, lines_;
   const LargeBuffer image_;
   const std::shared_ptr<const LargeBuffer> weights_;  // [slabs, words of all phases, slab]
 };
@@ -253,6 +257,7 @@ Call<Word>::Call(const Layout<Word>& layout, const Tensor& weight, const ConvGeo
       phases_(static_cast<int64_t>(plan_.phases.size())),
       slab_(layout.slab),
       slabs_(layout.slabs),
+      blocks_(layout.blocks),
       lines_(layout.lines),
       image_(ceil_div(layout.image.size() * static_cast<int64_t>(sizeof(Value)), sizeof(float))),
       weights_(made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), layout.key,
@@ -320,8 +325,8 @@ void Call<Word>::pack_slab(const Source* from, int64_t row, int64_t channel, int
 
 template <typename Word>
 void Call<Word>::multiply(const PlanarResult& result) const {
-  const int64_t all_lines = plan_.n * plan_.base_h, blocks = ceil_div(all_lines, lines_);
-  share_tasks(slabs_ * blocks, [&](Tasks tasks) {
+  const int64_t all_lines = plan_.n * plan_.base_h;
+  share_tasks(slabs_ * blocks_, [&](Tasks tasks) {
     const int64_t pixels = lines_ * plan_.base_w;
     Buffers b{.pixels = std::vector<const Word*>(pixels),
               .sums = std::vector<Word>(phases_ * pixels * slab_),
@@ -330,7 +335,8 @@ void Call<Word>::multiply(const PlanarResult& result) const {
               .results = std::vector<float>(plan_.out_stride > 1 ? lines_ * plan_.out_stride * plan_.w_out : 0),
               .writer = PlaneWriter(result)};
     while (const auto task = tasks.next()) {
-      const int64_t slab = *task / blocks, line = *task % blocks * lines_, lines = std::min(lines_, all_lines - line);
+      const int64_t slab = *task / blocks_, block = *task % blocks_;
+      const int64_t line = all_lines * block / blocks_, lines = all_lines * (block + 1) / blocks_ - line;
       add_products(line, lines, slab, b);
       for (int64_t c = 0; c < slab_ && slab * slab_ + c < plan_.c_out; c += kGroup) {
         for (int64_t p = 0; p < phases_; ++p) {
