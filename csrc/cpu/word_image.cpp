@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "simd.h"
+#include "tasks.h"
 
 namespace fastgan {
 namespace {
@@ -82,9 +83,14 @@ WordImage<T>::WordImage(const ConvPlan& plan)
 
 template <typename T>
 void WordImage<T>::load(const ScaledImage& x, const Quantization& quantization, T* values) const {
-  const int64_t grain = kGrainElements / (columns_ * depth_) + 1;
-  torch::stable::parallel_for(0, n_ * rows_, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) load_row(x, quantization, row, values + row * columns_ * depth_);
+  const int64_t rows = n_ * rows_, rows_of_task = kGrainElements / (columns_ * depth_) + 1;
+  share_tasks(ceil_div(rows, rows_of_task), [&](Tasks tasks) {
+    while (const auto task = tasks.next()) {
+      const int64_t first = *task * rows_of_task;
+      for (int64_t row = first; row < std::min(first + rows_of_task, rows); ++row) {
+        load_row(x, quantization, row, values + row * columns_ * depth_);
+      }
+    }
   });
 }
 
