@@ -47,6 +47,8 @@ def geometry(
 
 PLAIN = {"act": "linear", "alpha": 0.0, "gain": 1.0, "clamp": None, "residual_gain": 1.0}
 TENSORS = ("in_scale", "out_scale")
+# Floats in, floats out.
+BYTES = (None, [], [], [], [])
 SHIFTS = ("noise", "noise_strength", "bias", "residual")
 
 
@@ -60,6 +62,7 @@ def convolve(tile: int, out: Tensor, *, steps: Steps, where: dict[str, Any], **k
         *where.values(),
         tile,
         *({name: k.get(name, default) for name, default in PLAIN.items()}).values(),
+        *BYTES,
         out,
     )
     return out

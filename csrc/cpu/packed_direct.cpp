@@ -109,6 +109,52 @@ void planes_of(const Spreading<Word>& s) {
 }
 #endif
 
+// Sums of `channels` channels of some pixels, kGroup by kGroup, to bytes: sums + shift, then an epilogue's scale, bias
+// and activation, then each image's rounding.
+struct RoundedRow {
+  const int32_t* sums;
+  int64_t stride, pixels, channels;
+  const int32_t* shift;
+  const float *scale, *bias;  // [channels]
+  Act act;
+  float alpha, gain, clamp;
+  const ByteImage* images;  // `first` is where the first pixel goes, `pixel` the step from it to the next
+  int64_t image_count;
+};
+
+template <Act A>
+FASTGAN_INLINE void round_pixels(const RoundedRow& r) {
+  using Bytes = register_t<uint8_t, 16>;
+  const float alpha = r.alpha, gain = r.gain, clamp = r.clamp;
+  for (int64_t p = 0; p < r.pixels; ++p) {
+    for (int64_t first = 0; first < r.channels; first += kGroup) {
+      const int32_t* const sums = r.sums + p * r.stride + first;
+      const int32_t* const shift = r.shift + first;
+      const float *const scale = r.scale + first, *const bias = r.bias + first;
+      float y[kGroup];
+#pragma omp simd
+      for (int64_t c = 0; c < kGroup; ++c) {
+        const float z = static_cast<float>(sums[c] + shift[c]) * scale[c] + bias[c];
+        const float v = act_value<A>(z, alpha) * gain;
+        y[c] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
+      }
+      for (int64_t i = 0; i < r.image_count; ++i) {
+        const ByteImage& image = r.images[i];
+        const Quantization q = image.quantization;
+        int32_t whole[kGroup];
+#pragma omp simd
+        for (int64_t c = 0; c < kGroup; ++c) whole[c] = static_cast<int32_t>(q(y[c]) - q.low);
+        store(__builtin_convertvector((load<register_t<int32_t, 64>>(whole)), Bytes),
+              image.first + p * image.pixel + first);
+      }
+    }
+  }
+}
+
+FASTGAN_MULTIVERSION void round_row(const RoundedRow& row) {
+  dispatch_act(row.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE { round_pixels<A>(row); });
+}
+
 // What depends on sizes alone.
 template <typename Word>
 struct Layout {
@@ -203,17 +249,22 @@ typename Layout<Word>::PhaseTaps Layout<Word>::taps_of(const Phase& phase) const
 template <typename Word>
 class Call {
  public:
-  Call(const Layout<Word>& layout, const Tensor& weight, const ConvGeometry& g, Storage storage,
+  using Value = typename Form<Word>::Value;
+
+  // Of the image at `values`.
+  Call(const Layout<Word>& layout, const Value* values, const Tensor& weight, const ConvGeometry& g, Storage storage,
        const Quantization& quantization);
 
-  void run(const ScaledImage& x, const PlanarResult& result);
+  void multiply(const PlanarResult& result) const;
+  // To images of bytes, with the epilogue of `result`.
+  void multiply(const PlanarResult& result, const std::vector<ByteImage>& images) const;
 
  private:
-  using Value = typename Form<Word>::Value;
   using Source = typename Form<Word>::Source;
   using Chunk = typename Layout<Word>::Chunk;
   static constexpr int64_t kPerWord = Form<Word>::kPerWord;
   static constexpr bool kBytes = std::is_same_v<Word, int32_t>;
+
   // One thread's buffers.
   struct Buffers {
     std::vector<const Word*> pixels;
@@ -223,7 +274,6 @@ class Call {
     PlaneWriter writer;
   };
 
-  Value* image() const { return reinterpret_cast<Value*>(image_.get()); }
   LargeBuffer packed(const Tensor& weight, const ConvGeometry& g, bool lasting) const;
   void pack_slab(const Source* from, int64_t row, int64_t channel, int64_t slab, const LargeBuffer& to) const;
   int64_t weight_bytes() const { return slabs_ * layout_.words_of_slab * slab_ * layout_.word_bytes; }
@@ -232,9 +282,10 @@ class Call {
     return reinterpret_cast<int32_t*>(reinterpret_cast<char*>(packed.get()) + weight_bytes());
   }
 
-  void multiply(const PlanarResult& result) const;
-  void add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const;
-  void multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels, Word* sums, const Buffers& b) const;
+  // What sums of bytes, counted from the least on, are too small by; of kGroup or slab_ channels.
+  void shifts_of(int64_t phase, int64_t channel, int64_t channels, int32_t* shifts) const;
+  void add_products(int64_t line, int64_t lines, int64_t slab, std::vector<const Word*>& starts, Word* sums) const;
+  void multiply_chunk(const Chunk& chunk, int64_t word, const Word* const* starts, int64_t pixels, Word* sums) const;
   void write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const;
   void join_phases(const float* from, int64_t rows, float* to) const;
 
@@ -243,13 +294,13 @@ class Call {
   const Storage storage_;
   const Quantization quantization_;
   const int64_t phases_, slab_, slabs_, blocks_, lines_;
-  const LargeBuffer image_;
+  const Value* const image_;
   const std::shared_ptr<const LargeBuffer> weights_;  // [slabs, words of all phases, slab]
 };
 
 template <typename Word>
-Call<Word>::Call(const Layout<Word>& layout, const Tensor& weight, const ConvGeometry& g, Storage storage,
-                 const Quantization& quantization)
+Call<Word>::Call(const Layout<Word>& layout, const Value* values, const Tensor& weight, const ConvGeometry& g,
+                 Storage storage, const Quantization& quantization)
     : layout_(layout),
       plan_(layout.plan),
       storage_(storage),
@@ -259,15 +310,9 @@ Call<Word>::Call(const Layout<Word>& layout, const Tensor& weight, const ConvGeo
       slabs_(layout.slabs),
       blocks_(layout.blocks),
       lines_(layout.lines),
-      image_(ceil_div(layout.image.size() * static_cast<int64_t>(sizeof(Value)), sizeof(float))),
+      image_(values),
       weights_(made_of(static_cast<const float*>(weight.data_ptr()), weight.numel(), layout.key,
                        [&](bool lasting) { return packed(weight, g, lasting); })) {}
-
-template <typename Word>
-void Call<Word>::run(const ScaledImage& x, const PlanarResult& result) {
-  layout_.image.load(x, quantization_, image());
-  multiply(result);
-}
 
 template <typename Word>
 LargeBuffer Call<Word>::packed(const Tensor& weight, const ConvGeometry& g, bool lasting) const {
@@ -337,13 +382,12 @@ void Call<Word>::multiply(const PlanarResult& result) const {
     while (const auto task = tasks.next()) {
       const int64_t slab = *task / blocks_, block = *task % blocks_;
       const int64_t line = all_lines * block / blocks_, lines = all_lines * (block + 1) / blocks_ - line;
-      add_products(line, lines, slab, b);
+      add_products(line, lines, slab, b.pixels, b.sums.data());
       for (int64_t c = 0; c < slab_ && slab * slab_ + c < plan_.c_out; c += kGroup) {
         for (int64_t p = 0; p < phases_; ++p) {
           const Word* shifts = nullptr;
           if constexpr (kBytes) {
-            const int32_t* const sums = weight_sums(*weights_) + (p * slabs_ + slab) * slab_ + c;
-            for (int64_t i = 0; i < kGroup; ++i) b.shifts[i] = static_cast<int32_t>(quantization_.low) * sums[i];
+            shifts_of(p, slab * slab_ + c, kGroup, b.shifts.data());
             shifts = b.shifts.data();
           }
           planes_of<Word>({.from = b.sums.data() + p * pixels * slab_ + c,
@@ -360,18 +404,71 @@ void Call<Word>::multiply(const PlanarResult& result) const {
 }
 
 template <typename Word>
-void Call<Word>::add_products(int64_t line, int64_t lines, int64_t slab, Buffers& b) const {
+void Call<Word>::shifts_of(int64_t phase, int64_t channel, int64_t channels, int32_t* shifts) const {
+  const int32_t* const sums = weight_sums(*weights_) + phase * slabs_ * slab_ + channel;
+  for (int64_t i = 0; i < channels; ++i) shifts[i] = static_cast<int32_t>(quantization_.low) * sums[i];
+}
+
+template <typename Word>
+void Call<Word>::multiply(const PlanarResult& result, const std::vector<ByteImage>& images) const {
+  const EpilogueArgs& e = result.args;
+  const std::vector<float> no_bias(e.bias ? 0 : plan_.c_out);
+  const float* const bias = e.bias ? e.bias->const_data_ptr<float>() : no_bias.data();
+  const float* const scale = e.out_scale->const_data_ptr<float>();
+  share_tasks(slabs_ * blocks_, [&](Tasks tasks) {
+    const int64_t pixels = lines_ * plan_.base_w, stride = plan_.out_stride;
+    std::vector<const Word*> starts(pixels);
+    std::vector<int32_t> shifts(slab_);
+    std::vector<ByteImage> rows = images;
+    const LargeBuffer buffer(phases_ * pixels * slab_);
+    auto* const sums = reinterpret_cast<Word*>(buffer.get());
+    while (const auto task = tasks.next()) {
+      const int64_t slab = *task / blocks_, block = *task % blocks_, channel = slab * slab_;
+      const int64_t line = plan_.base_h * block / blocks_, lines = plan_.base_h * (block + 1) / blocks_ - line;
+      add_products(line, lines, slab, starts, sums);
+      for (int64_t p = 0; p < phases_; ++p) {
+        const Phase& phase = plan_.phases[p];
+        const int64_t channels = std::min(slab_, plan_.c_out - channel);
+        shifts_of(p, channel, channels, shifts.data());
+        for (int64_t l = 0; l < lines; ++l) {
+          const int64_t y = stride * (line + l) + phase.row;
+          if (y >= plan_.h_out) break;
+          for (size_t i = 0; i < rows.size(); ++i) {
+            rows[i].first = images[i].first + y * images[i].row + phase.column * images[i].pixel + channel;
+            rows[i].pixel = stride * images[i].pixel;
+          }
+          round_row({.sums = reinterpret_cast<const int32_t*>(sums) + (p * pixels + l * plan_.base_w) * slab_,
+                     .stride = slab_,
+                     .pixels = ceil_div(plan_.w_out - phase.column, stride),
+                     .channels = channels,
+                     .shift = shifts.data(),
+                     .scale = scale + channel,
+                     .bias = bias + channel,
+                     .act = e.act,
+                     .alpha = static_cast<float>(e.alpha),
+                     .gain = static_cast<float>(e.gain),
+                     .clamp = static_cast<float>(e.clamp),
+                     .images = rows.data(),
+                     .image_count = static_cast<int64_t>(rows.size())});
+        }
+      }
+    }
+  });
+}
+
+template <typename Word>
+void Call<Word>::add_products(int64_t line, int64_t lines, int64_t slab, std::vector<const Word*>& starts,
+                              Word* sums) const {
   const int64_t pixels = lines * plan_.base_w;
   for (int64_t i = 0; i < pixels; ++i) {
     const Value* const start =
-        layout_.image.line(image(), line + i / plan_.base_w) + i % plan_.base_w * layout_.image.step();
-    b.pixels[i] = reinterpret_cast<const Word*>(start);
+        layout_.image.line(image_, line + i / plan_.base_w) + i % plan_.base_w * layout_.image.step();
+    starts[i] = reinterpret_cast<const Word*>(start);
   }
-  Word* sums = b.sums.data();
   for (const auto& phase : layout_.taps) {
     if (phase.chunks.empty()) std::fill_n(sums, pixels * slab_, Word{0});
     for (const Chunk& chunk : phase.chunks) {
-      multiply_chunk(chunk, slab * layout_.words_of_slab + phase.first + chunk.first, pixels, sums, b);
+      multiply_chunk(chunk, slab * layout_.words_of_slab + phase.first + chunk.first, starts.data(), pixels, sums);
     }
     sums += lines_ * plan_.base_w * slab_;
   }
@@ -380,7 +477,8 @@ void Call<Word>::add_products(int64_t line, int64_t lines, int64_t slab, Buffers
 // Adds the products of a chunk, whose weights lie from `word` on. Meanwhile the next chunk is fetched from memory, by
 // the first panels of pixels, as evenly as they can.
 template <typename Word>
-void Call<Word>::multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels, Word* sums, const Buffers& b) const {
+void Call<Word>::multiply_chunk(const Chunk& chunk, int64_t word, const Word* const* starts, int64_t pixels,
+                                Word* sums) const {
   const int64_t steps = static_cast<int64_t>(chunk.taps.size()) * chunk.words, step_bytes = slab_ * layout_.word_bytes;
   const auto* const weights = reinterpret_cast<const char*>(weights_->get()) + word * step_bytes;
   const bool last = word + 2 * steps > slabs_ * layout_.words_of_slab, narrow = storage_ == Storage::kBfloat16;
@@ -388,7 +486,7 @@ void Call<Word>::multiply_chunk(const Chunk& chunk, int64_t word, int64_t pixels
   const int64_t of_step = panels >= lines ? 1 : 2 * panels >= lines ? 2 : 4;
   int64_t fetched = 0;
   for (int64_t i = 0; i < pixels; i += kPanelRows, fetched += of_step) {
-    word_products(WordProducts<Word>{.pixels = b.pixels.data() + i,
+    word_products(WordProducts<Word>{.pixels = starts + i,
                                      .rows = std::min(kPanelRows, pixels - i),
                                      .taps = chunk.taps.data(),
                                      .tap_count = static_cast<int64_t>(chunk.taps.size()),
@@ -438,10 +536,17 @@ void Call<Word>::join_phases(const float* from, int64_t rows, float* to) const {
 }
 
 template <typename Word>
-void convolve(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g, Storage storage,
-              const Quantization& quantization, const PlanarResult& result) {
-  const auto layout = planned<Layout<Word>>(x, weight, [&] { return Layout<Word>(x, weight, g, storage); });
-  Call<Word>(*layout, weight, g, storage, quantization).run(image, result);
+std::shared_ptr<const Layout<Word>> layout_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g,
+                                              Storage storage) {
+  return planned<Layout<Word>>(x, weight, [&] { return Layout<Word>(x, weight, g, storage); });
+}
+
+// The image as it is multiplied, of `layout.size()` values.
+template <typename T>
+LargeBuffer loaded(const WordImage<T>& layout, const ScaledImage& x, const Quantization& quantization) {
+  LargeBuffer values(ceil_div(layout.size() * static_cast<int64_t>(sizeof(T)), sizeof(float)));
+  layout.load(x, quantization, reinterpret_cast<T*>(values.get()));
+  return values;
 }
 
 // Nanoseconds, fitted to the layers of the models on an Ice Lake with two threads: of a product; what more it takes of
@@ -505,12 +610,30 @@ double quantized_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeom
 
 void packed_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                         Storage storage, const PlanarResult& result) {
-  convolve<float>(x, weight, image, g, storage, {}, result);
+  const auto layout = layout_of<float>(x, weight, g, storage);
+  const LargeBuffer values = loaded(layout->image, image, {});
+  Call<float>(*layout, values.get(), weight, g, storage, {}).multiply(result);
 }
 
-void quantized_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
-                           const Quantization& quantization, const PlanarResult& result) {
-  convolve<int32_t>(x, weight, image, g, Storage::kInt8, quantization, result);
+ByteLayout byte_layout(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  const WordImage<uint8_t> image(ConvPlan(x, weight, g));
+  return {image.rows(), image.columns(), image.depth(), image.top(), image.left()};
+}
+
+void quantized_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, uint8_t* bytes,
+                           const ConvGeometry& g, const Quantization& quantization, const PlanarResult& result,
+                           const std::vector<ByteImage>& results) {
+  const auto layout = layout_of<int32_t>(x, weight, g, Storage::kInt8);
+  LargeBuffer own;
+  if (bytes) {
+    layout->image.pad(quantization, bytes);
+  } else {
+    own = loaded(layout->image, image, quantization);
+    bytes = reinterpret_cast<uint8_t*>(own.get());
+  }
+  const Call<int32_t> call(*layout, bytes, weight, g, Storage::kInt8, quantization);
+  if (results.empty()) return call.multiply(result);
+  call.multiply(result, results);
 }
 
 }  // namespace fastgan

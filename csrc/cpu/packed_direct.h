@@ -3,6 +3,8 @@
 // them.
 #pragma once
 
+#include <vector>
+
 #include "channel_patch.h"
 #include "conv_geometry.h"
 #include "epilogue.h"
@@ -21,8 +23,28 @@ double quantized_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeom
 // What direct_conv does, with weights in float or in bfloat16.
 void packed_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                         Storage storage, const PlanarResult& result);
-// The same with x rounded to whole numbers and a weight in int8, without the quantisation's step. Sums are exact.
-void quantized_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
-                           const Quantization& quantization, const PlanarResult& result);
+
+// What a convolution writes where another one reads it: rounded as that one rounds it, counted from the least value on,
+// a byte for each channel of a pixel. Bytes from the first pixel on, from one row and from one pixel to the next.
+struct ByteImage {
+  uint8_t* first;
+  int64_t row, pixel;
+  Quantization quantization;
+};
+
+// How x lies there for quantized_direct_conv: rows and columns with the padding, bytes of a pixel, and the row and the
+// column of the first pixel.
+struct ByteLayout {
+  int64_t rows = 0, columns = 0, depth = 0, top = 0, left = 0;
+};
+ByteLayout byte_layout(const Tensor& x, const Tensor& weight, const ConvGeometry& g);
+
+// packed_direct_conv with x rounded to whole numbers and a weight in int8, without the quantisation's step. Sums are
+// exact. Of one sample and channels in groups of kGroup, x may be at `bytes` already, but for the padding, which is
+// filled here; else that is null. And the result, where it has neither noise nor residual, may go to `results`; where
+// there are none of these it goes to `result`.
+void quantized_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, uint8_t* bytes,
+                           const ConvGeometry& g, const Quantization& quantization, const PlanarResult& result,
+                           const std::vector<ByteImage>& results);
 
 }  // namespace fastgan

@@ -95,6 +95,21 @@ void WordImage<T>::load(const ScaledImage& x, const Quantization& quantization, 
 }
 
 template <typename T>
+void WordImage<T>::pad(const Quantization& quantization, T* values) const {
+  const T zero = static_cast<T>(-quantization.low);
+  const int64_t line = columns_ * depth_, before = left() * depth_, behind = (left() + in_.w_in) * depth_;
+  for (int64_t row = 0; row < rows_; ++row) {
+    T* const to = values + row * line;
+    if (row < top() || row >= top() + in_.h_in) {
+      std::fill_n(to, line, zero);
+    } else {
+      std::fill_n(to, before, zero);
+      std::fill(to + behind, to + line, zero);
+    }
+  }
+}
+
+template <typename T>
 void WordImage<T>::load_row(const ScaledImage& x, const Quantization& quantization, int64_t row, T* to) const {
   constexpr bool kBytes = std::is_same_v<T, uint8_t>;
   const T zero = kBytes ? static_cast<T>(-quantization.low) : T{};

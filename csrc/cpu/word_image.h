@@ -18,6 +18,13 @@ class WordImage {
   int64_t size() const { return n_ * rows_ * columns_ * depth_; }
   void load(const ScaledImage& x, const Quantization& quantization, T* values) const;
 
+  // The same of one sample that lies there but for its padding.
+  void pad(const Quantization& quantization, T* values) const;
+
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
+  int64_t top() const { return -in_.stride * in_.dy_min; }  // rows before the first of x, columns before its first
+  int64_t left() const { return -in_.stride * in_.dx_min; }
   int64_t depth() const { return depth_; }  // values of a pixel: those of no channel stand for 0
   // Where a tap reads for the first result of its line, behind where the line starts.
   int64_t offset(const Tap& tap) const {

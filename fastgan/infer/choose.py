@@ -109,7 +109,7 @@ def _timed(node: fx.Node, found: list[Choice]) -> list[Choice]:
         if is_a(node, nodes.quantized_convolution):
             rounding = (k["step"], k["low"], k["high"])
             arguments = (x, weight, constant_of(k["weight_scale"]), *factors, *rounding, *nothing, *geometry)
-            _into.quantized_conv2d_into(*arguments, choice.tile, *plain, out)
+            _into.quantized_conv2d_into(*arguments, choice.tile, *plain, None, [], [], [], [], out)
         else:
             how = (k.get("rectify", False), choice.algorithm, choice.tile, choice.storage)
             _into.scaled_conv2d_into(x, weight, *factors, *nothing, *geometry, *how, *plain, out)

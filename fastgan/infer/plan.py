@@ -307,7 +307,8 @@ def _quantized_convolution(node: fx.Node, choice: Choice, precision: str) -> tup
     tensors = (k["x"], k["weight"], k["weight_scale"], k.get("in_scale"), k.get("out_scale"))
     geometry = tuple(k[name] for name in nodes.GEOMETRY)
     rounding = (k["step"], k["low"], k["high"])
-    return (*tensors, *rounding, *_tensors(node), *geometry, choice.tile, *_epilogue_settings(node))
+    floats = (None, [], [], [], [])
+    return (*tensors, *rounding, *_tensors(node), *geometry, choice.tile, *_epilogue_settings(node), *floats)
 
 
 def _pointwise(node: fx.Node, choice: Choice, precision: str) -> tuple[Any, ...]:

@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgan.infer.byte_images import Handover, handovers
 from fastgan.infer.functional import Functional
 from fastgan.infer.plan import Program, Slot, Step, View, Watch
 from fastgan.ops import _into
@@ -75,7 +76,7 @@ class Workspace:
         self.planned = {*(view.slot for view in program.views), *program.results}
         self.calls = [self._prepared(step) for step in program.steps]
         self.recording = _into.Recording()
-        self.stretches = self._stretches()
+        self.stretches = self._stretches(self._with_bytes(self.calls))
         made = {slot for stretch in self.stretches for slot in stretch.results}
         self.first_results = [slot for slot in program.results if slot not in made]
         self.only_recorded = all(stretch.call is None for stretch in self.stretches) and not program.borrowed
@@ -96,13 +97,29 @@ class Workspace:
         kwargs = {name: self._filled(value, self.values) for name, value in step.kwargs.items()}
         return Call(step, args, kwargs, late, result)
 
-    def _stretches(self) -> list[Stretch]:
+    def _with_bytes(self, calls: list[Call]) -> list[Call]:
+        """The same with what :mod:`fastgan.infer.byte_images` finds: steps that are watched have floats."""
+        found, memory = handovers(self.program), self.memory.view(torch.uint8)
+        return [
+            self._handing_on(call, found[call.step.slot], memory) if call.step.slot in found else call for call in calls
+        ]
+
+    @staticmethod
+    def _handing_on(call: Call, handover: Handover, memory: Tensor) -> Call:
+        out = call.args[-1]
+        images = [image.part(memory, first, out.shape) for image, first in handover.results]
+        readers = [image.reader.node.kwargs for image, _ in handover.results]
+        roundings = [[k[name] for k in readers] for name in ("step", "low", "high")]
+        x = handover.x and handover.x.whole(memory)
+        return replace(call, args=[*call.args[:-6], x, images, *roundings, out])
+
+    def _stretches(self, calls: list[Call]) -> list[Stretch]:
         found: list[Stretch] = []
-        for recordable, calls in itertools.groupby(self.calls, self._is_recordable):
+        for recordable, group in itertools.groupby(calls, self._is_recordable):
             if recordable:
-                found.append(self._recorded(list(calls)))
+                found.append(self._recorded(list(group)))
             else:
-                found += [Stretch(call, release=call.step.release) for call in calls]
+                found += [Stretch(call, release=call.step.release) for call in group]
         return found
 
     @staticmethod

@@ -11,7 +11,11 @@ chooses.
 
 ``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high
 at most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its
-values; sums are exact, everything behind them is float32. ``_quantized_tiles`` says which tiles can serve a call, in
+values; sums are exact, everything behind them is float32. Of one sample it hands results on as the next such
+convolution reads them: at ``byte_images``, uint8 [C, H, W] with channels side by side, each rounded with a step, a low
+and a high, a byte being the whole number less its low. Nothing is written to ``out`` then. At ``x_bytes`` it finds x
+so, [rows, columns, C] as ``_byte_layout`` has them: their numbers, and the row and the column of x's first pixel, or
+zeros where x cannot be there; it fills what is around. ``_quantized_tiles`` says which tiles can serve a call, in
 lines "tile<TAB>predicted ms", the one to choose first. These ops exist where the CPU library is loaded.
 """
 
@@ -31,6 +35,7 @@ _GEOMETRY = (
     "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, bool transposed, int groups, bool reflect"
 )
 _EPILOGUE = "str act, float alpha, float gain, float? clamp, float residual_gain"
+_BYTES = "Tensor(b!)? x_bytes, Tensor(c!)[] byte_images, float[] steps, int[] lows, int[] highs"
 _SHIFTS = "Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual"
 
 for schema in (
@@ -45,7 +50,8 @@ for schema in (
     " float residual_scale, str precision, Tensor(a!) out) -> ()",
     "_quantized_conv2d_into(Tensor x, Tensor weight, Tensor weight_scale, Tensor? in_scale, Tensor? out_scale,"
     " float step, int low, int high,"
-    f" {_SHIFTS}, {_GEOMETRY}, int tile, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    f" {_SHIFTS}, {_GEOMETRY}, int tile, {_EPILOGUE}, {_BYTES}, Tensor(a!) out) -> ()",
+    f"_byte_layout(Tensor x, Tensor weight, {_GEOMETRY}) -> int[]",
     f"_quantized_tiles(Tensor x, Tensor weight, {_GEOMETRY}) -> str",
     f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
     "_run_recorded(Tensor memory, int recording, int first, int count, Tensor(a!)[] values, int[] places,"
@@ -64,6 +70,7 @@ epilogue_into = torch.ops.fastgan._epilogue_into.default
 norm_act_into = torch.ops.fastgan._norm_act_into.default
 upfirdn2d_into = torch.ops.fastgan._upfirdn2d_into.default
 dense_block_into = torch.ops.fastgan._dense_block_into.default
+byte_layout = torch.ops.fastgan._byte_layout.default
 _run_recorded = torch.ops.fastgan._run_recorded.default
 # Those that only write into what they are given.
 RECORDABLE = (
