@@ -47,13 +47,15 @@ def geometry(
 
 PLAIN = {"act": "linear", "alpha": 0.0, "gain": 1.0, "clamp": None, "residual_gain": 1.0}
 TENSORS = ("in_scale", "out_scale")
-# Floats in, floats out.
-BYTES = (None, [], [], [], [])
 SHIFTS = ("noise", "noise_strength", "bias", "residual")
+# Floats in, floats out.
+FLOATS = (None, [], [], [], [])
 
 
-def convolve(tile: int, out: Tensor, *, steps: Steps, where: dict[str, Any], **k: Any) -> Tensor:
-    """The kernel, into ``out``."""
+def convolve(
+    tile: int, out: Tensor, *, steps: Steps, where: dict[str, Any], handed_on: tuple[Any, ...] = FLOATS, **k: Any
+) -> Tensor:
+    """The kernel, into ``out``; ``handed_on`` is what it reads and writes as bytes."""
     _into.quantized_conv2d_into(
         *(k["x"], k["weight"], k["weight_scale"]),
         *(k.get(name) for name in TENSORS),
@@ -62,7 +64,7 @@ def convolve(tile: int, out: Tensor, *, steps: Steps, where: dict[str, Any], **k
         *where.values(),
         tile,
         *({name: k.get(name, default) for name, default in PLAIN.items()}).values(),
-        *BYTES,
+        *handed_on,
         out,
     )
     return out
