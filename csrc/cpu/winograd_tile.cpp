@@ -26,8 +26,9 @@ constexpr double kHashCost = 3;
 // of y that a transposed one scatters its products to, and of a call with the pass over its result.
 constexpr double kDirectCost = 0.95, kOrderCost = 40, kScatterCost = 110, kTorchCallCost = 2.5e7;
 constexpr double kCostPerMs = 60e6;
-// Where registers hold 16 floats, on an Ice Lake.
-constexpr double kWideCostPerMs = 68e6;
+// Where registers hold 16 floats, on an Ice Lake; the transforms of weights that threads divide do not keep up with the
+// products there, but for those of 3 x 3 values, which only add.
+constexpr double kWideCostPerMs = 68e6, kWideDividedCost = 17;
 // The same for integers.
 constexpr double kWholeProductCost = 0.67, kWholeSumCost = 27, kWholeCost = 4, kWholeTileCost = 19,
                  kWholeCallCost = 3e6;
@@ -42,6 +43,10 @@ constexpr int64_t kLargestHighTile = 3;
 
 double cost_per_ms() { return product_lanes() == 16 ? kWideCostPerMs : kCostPerMs; }
 
+double divided_cost(const WinogradPlan& plan) {
+  return product_lanes() == 16 && plan.t > 3 ? kWideDividedCost : kDividedCost;
+}
+
 double direct_cost(const ConvPlan& conv) {
   const double pixels = static_cast<double>(conv.n) * conv.base_h * conv.base_w;
   const double scattered = conv.out_stride > 1 ? kScatterCost * conv.n * conv.h_out * conv.w_out * conv.c_out : 0;
@@ -52,7 +57,7 @@ double winograd_cost(const ConvPlan& conv, const WinogradPlan& plan, Keeping kee
   const double tiles = static_cast<double>(conv.n) * plan.tiles_h * plan.tiles_w, rows = conv.c_out;
   const double depth = plan.depth;
   const double kept =
-      (plan.divides_weights() ? kDividedCost : kKeptCost) - (keeping == Keeping::kFrozen ? kHashCost : 0);
+      (plan.divides_weights() ? divided_cost(plan) : kKeptCost) - (keeping == Keeping::kFrozen ? kHashCost : 0);
   const double weight = keeping == Keeping::kNo ? kWeightCost : kept;
   return kCallCost + plan.products * rows * tiles * (depth + kSumCost) + plan.weights * rows * depth * weight +
          plan.values * depth * tiles * kTileCost;
