@@ -59,6 +59,43 @@ def test_nothing_that_a_run_brings_is_kept() -> None:
     assert (x._use_count(), y._use_count()) == before
 
 
+def test_results_can_be_new() -> None:
+    recording, inner, _ = two_calls()
+    x = image(1, 2)
+    first = recording.run(0, 2, [x], X_AND_Y, (1, 1, 1, 2))
+    (again,) = recording.run(0, 2, [2 * x], X_AND_Y, (1, 1, 1, 2))
+    assert len(first) == 1
+    assert torch.equal(first[0], 6 * x)
+    assert torch.equal(again, 12 * x)
+    assert torch.equal(inner, 4 * x)
+    with pytest.raises(RuntimeError, match="sizes must come by four, got 3"):
+        recording.run(0, 2, [x], X_AND_Y, (1, 1, 2))
+
+
+@pytest.mark.parametrize(("algorithm", "tile"), [("winograd", 2), ("packed_direct", 0), ("direct_conv", 0)])
+def test_what_a_call_keeps_follows_sizes_and_threads(algorithm: str, tile: int) -> None:
+    """A convolution plans by both, and keeps its plan."""
+    torch.manual_seed(0)
+    c_in = 3 if algorithm == "direct_conv" else 24
+    weight, unknown = torch.randn(40, c_in, 3, 3), torch.empty(0)
+    geometry = ((1, 1), (1, 1), (0, 0), (1, 1), False, 1, False)
+    settings = (None,) * 6, geometry, (False, algorithm, tile, "fp32", "linear", 0.0, 1.0, None, 1.0)
+    arguments = [weight, *(value for group in settings for value in group)]
+    recording, before = Recording(), torch.get_num_threads()
+    recording.add(_into.scaled_conv2d_into, [unknown, *arguments, unknown])
+    try:
+        for size, threads in (((12, 12), 2), ((12, 12), 2), ((9, 31), 2), ((9, 31), 1), ((40, 20), 3), ((12, 12), 2)):
+            torch.set_num_threads(threads)
+            x = torch.randn(1, c_in, *size)
+            (got,) = recording.run(0, 1, [x], [0, 0, 0, 0, len(arguments) + 1, 1], (1, 40, *size))
+            want = torch.full_like(got, torch.nan)
+            _into.scaled_conv2d_into(x, *arguments, want)
+            assert torch.equal(got, want)
+            assert torch.allclose(got, F.conv2d(x, weight, None, 1, 1), atol=1e-3)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("first", "count", "places", "message"),
     [
@@ -148,3 +185,29 @@ def test_an_engine_computes_the_same_step_by_step() -> None:
             assert torch.equal(got, want)
             assert torch.allclose(got, model(*inputs), atol=1e-5)
         assert seen == 2 * list(range(len(workspace.calls)))
+
+
+def test_an_engine_that_runs_no_operator_of_torch_needs_no_context() -> None:
+    """Gradients that are recorded and autocast are nothing to it."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(),
+        torch.randn(1, 8, 9, 9),
+    )
+    fast = infer.optimize(model, (x,))
+    with fast.pool.borrow() as workspace:
+        assert workspace.only_recorded
+    with torch.no_grad():
+        want = fast(x)
+    assert torch.allclose(want, model(x), atol=1e-5)
+    for given in (x.clone().requires_grad_(), x.to(memory_format=torch.channels_last), nn.Parameter(x)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = fast(given)
+        assert torch.equal(got, want)
+        assert not got.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(fast(x.clone()), want)
+    mixed = infer.optimize(Mixed().eval(), (x, torch.rand(1, 8, 1, 1)))
+    with mixed.pool.borrow() as workspace:
+        assert not workspace.only_recorded
+    assert not mixed(x.requires_grad_(), torch.rand(1, 8, 1, 1)).requires_grad

@@ -4,7 +4,7 @@
 // shapes and the number of threads, the order of a sum on the shapes alone.
 //
 // Bytes of the image are counted from the least value on. That adds the same to every result of a channel, taken off at
-// the end.
+// the end. Sums lie as the next such convolution reads its image, channels side by side: rounded, they are laid there.
 
 #include "packed_direct.h"
 
