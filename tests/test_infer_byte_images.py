@@ -139,6 +139,12 @@ def test_wrong_images_are_refused() -> None:
 # Engines
 
 
+@pytest.fixture
+def without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is chosen where processors have VNNI."""
+    monkeypatch.setattr(_into, "quantized_tiles", lambda *args: [(0, 1e-6)])
+
+
 def int8_engine(model: nn.Module, x: Tensor) -> infer.FastGenerator:
     torch.manual_seed(1)
     calls = [(torch.randn_like(x),) for _ in range(2)]
@@ -187,6 +193,7 @@ def skips(*, seen: bool = False) -> tuple[infer.FastGenerator, Tensor]:
     return int8_engine(Skips(seen=seen).eval(), x), x
 
 
+@pytest.mark.usefixtures("without_tiles")
 def test_values_are_handed_on_between_layers() -> None:
     fast, x = skips()
     assert {row.algorithm for row in fast.report().rows} == {"quantized_direct int8"}
@@ -197,6 +204,7 @@ def test_values_are_handed_on_between_layers() -> None:
     check_against_floats(fast, x)
 
 
+@pytest.mark.usefixtures("without_tiles")
 def test_what_torch_reads_too_stays_floats() -> None:
     """And with it what is read beside it."""
     fast, x = skips(seen=True)
@@ -207,6 +215,7 @@ def test_what_torch_reads_too_stays_floats() -> None:
     check_against_floats(fast, x)
 
 
+@pytest.mark.usefixtures("without_tiles")
 def test_a_u_net() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 256, 256)
@@ -217,8 +226,17 @@ def test_a_u_net() -> None:
     check_against_floats(fast, x)
 
 
+@pytest.mark.usefixtures("without_tiles")
 def test_samples_side_by_side_stay_floats() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 32, 24, 24)
     fast = int8_engine(Skips().eval(), x)
     assert not handovers(fast.program)
+
+
+def test_tiles_read_and_write_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_into, "quantized_tiles", lambda *args: [(2, 1e-6)])
+    fast, x = skips()
+    assert {row.algorithm for row in fast.report().rows} == {"quantized_winograd m=2 int16"}
+    assert not handovers(fast.program)
+    check_against_floats(fast, x)
