@@ -72,6 +72,20 @@ def test_results_can_be_new() -> None:
         recording.run(0, 2, [x], X_AND_Y, (1, 1, 2))
 
 
+def test_a_value_can_have_several_places() -> None:
+    """One that is brought, and a new one that is read behind the call that makes it."""
+    recording, unknown = Recording(), torch.empty(0)
+    recording.add(_into.epilogue_into, scale_by(2, unknown, unknown))
+    factor, *others, out = scale_by(3, unknown, unknown)[1:]
+    recording.add(_into.epilogue_into, (unknown, factor, *others[:3], unknown, *others[4:], out))
+    x = image(1, 2)
+    places = [0, 0, 0, 0, OUT, 1, 1, 0, 1, 1, 5, 0, 1, OUT, 2]
+    for _ in range(2):
+        first, second = recording.run(0, 2, [x], places, (1, 1, 1, 2) * 2)
+        assert torch.equal(first, 2 * x)
+        assert torch.equal(second, 6 * x + x), "3 * first + the residual x"
+
+
 @pytest.mark.parametrize(("algorithm", "tile"), [("winograd", 2), ("packed_direct", 0), ("direct_conv", 0)])
 def test_what_a_call_keeps_follows_sizes_and_threads(algorithm: str, tile: int) -> None:
     """A convolution plans by both, and keeps its plan."""

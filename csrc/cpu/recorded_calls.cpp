@@ -35,11 +35,13 @@ RecordedCalls* find_recording(int64_t number) {
 // Calls whose arguments were swapped with tensors of this call, until they are swapped back.
 class Lent {
  public:
-  Lent(RecordedCalls& calls, std::vector<Tensor>& values, const std::vector<int64_t>& places)
-      : calls_(calls), values_(values), places_(places) {
-    while (done_ < places_.size() && swap(done_)) done_ += 3;
-    if (done_ == places_.size()) return;
-    const size_t wrong = done_;
+  Lent(RecordedCalls& calls, const std::vector<Tensor>& values, const std::vector<int64_t>& places)
+      : calls_(calls), places_(places) {
+    // One for each place: a value may have several.
+    for (size_t i = 0; i < places_.size(); i += 3) tensors_.push_back(values[places_[i + 2]]);
+    while (done_ < tensors_.size() && swap(done_)) ++done_;
+    if (done_ == tensors_.size()) return;
+    const size_t wrong = 3 * done_;
     give_back();
     STD_TORCH_CHECK(false, "_run_recorded: argument ", places_[wrong + 1], " of call ", places_[wrong],
                     " is no tensor");
@@ -49,17 +51,15 @@ class Lent {
   Lent& operator=(const Lent&) = delete;
 
  private:
-  bool swap(size_t at) {
-    return calls_[places_[at]]->swap(static_cast<size_t>(places_[at + 1]), values_[places_[at + 2]]);
-  }
+  bool swap(size_t i) { return calls_[places_[3 * i]]->swap(static_cast<size_t>(places_[3 * i + 1]), tensors_[i]); }
 
   void give_back() {
-    while (done_) swap(done_ -= 3);
+    while (done_) swap(--done_);
   }
 
   RecordedCalls& calls_;
-  std::vector<Tensor>& values_;
   const std::vector<int64_t>& places_;
+  std::vector<Tensor> tensors_;
   size_t done_ = 0;
 };
 
