@@ -13,256 +13,36 @@
 #include <type_traits>
 
 #include "bf16.h"
-#include "conv_plan.h"
 #include "kept_weights.h"
 #include "large_buffer.h"
-#include "quads.h"
+#include "packed_layout.h"
 #include "recorded_calls.h"
 #include "tasks.h"
 #include "winograd_weights.h"
-#include "word_image.h"
 #include "word_product.h"
 
 namespace fastgan {
 namespace {
 
-constexpr int64_t kLineBytes = 64;     // of a cache line
-constexpr int64_t kBlockPixels = 192;  // results of a phase that a slab's weights are read for
-
-// A word (word_product.h): what values of the image are, how many there are in one, and what a weight of float or int8
-// is stored as.
-template <typename Word>
-struct Form;
-template <>
-struct Form<float> {
-  using Value = float;
-  using Source = float;
-  static constexpr int64_t kPerWord = 1;
-};
-template <>
-struct Form<int32_t> {
-  using Value = uint8_t;
-  using Source = int8_t;
-  static constexpr int64_t kPerWord = 4;
-};
-
-// kGroup channels of some pixels as planes of floats: to[c * to_stride + p] = from[p * stride + c] + shift[c]; without
-// shifts, + 0.
-template <typename Word>
-struct Spreading {
-  const Word* from;
-  int64_t stride, pixels;
-  const Word* shift;
-  float* to;
-  int64_t to_stride;
-};
-
-template <typename V, typename Word>
-FASTGAN_INLINE void spread_planes(const Spreading<Word>& s) {
-  using Floats = register_t<float, sizeof(V)>;
-  if (s.pixels < kQuad) {
-    for (int64_t c = 0; c < kGroup; ++c) {
-      const Word plus = s.shift ? s.shift[c] : 0;
-      for (int64_t p = 0; p < s.pixels; ++p) {
-        s.to[c * s.to_stride + p] = static_cast<float>(s.from[p * s.stride + c] + plus);
-      }
-    }
-    return;
-  }
-  for (int64_t p = 0; p < s.pixels; p += kQuad) {
-    const int64_t at = std::min(p, s.pixels - kQuad);  // the last step overlaps the one before
-    for (int64_t c = 0; c < kGroup; c += kLanes<V>) {
-      const V plus = s.shift ? load<V>(s.shift + c) : V{};
-      V rows[kQuad];
-      FASTGAN_UNROLL
-      for (int i = 0; i < kQuad; ++i) rows[i] = load<V>(s.from + (at + i) * s.stride + c) + plus;
-      transpose_quads(rows);
-      FASTGAN_UNROLL
-      for (int i = 0; i < kQuad; ++i) {
-        store_quads(__builtin_convertvector(rows[i], Floats), s.to + (c + i) * s.to_stride + at, kQuad * s.to_stride);
-      }
-    }
-  }
-}
-
-template <typename Word>
-void planes_portable(const Spreading<Word>& s) {
-  spread_planes<register_t<Word, 16>>(s);
-}
-#if defined(FASTGAN_AVX2)
-template <typename Word>
-FASTGAN_AVX2 void planes_avx2(const Spreading<Word>& s) {
-  spread_planes<register_t<Word, 32>>(s);
-}
-template <typename Word>
-FASTGAN_AVX512 void planes_avx512(const Spreading<Word>& s) {
-  spread_planes<register_t<Word, 64>>(s);
-}
-template <typename Word>
-void planes_of(const Spreading<Word>& s) {
-  has_avx512() ? planes_avx512(s) : has_avx2() ? planes_avx2(s) : planes_portable(s);
-}
-#else
-template <typename Word>
-void planes_of(const Spreading<Word>& s) {
-  planes_portable(s);
-}
-#endif
-
-// Sums of `channels` channels of some pixels, kGroup by kGroup, to bytes: sums + shift, then an epilogue's scale, bias
-// and activation, then each image's rounding.
-struct RoundedRow {
-  const int32_t* sums;
-  int64_t stride, pixels, channels;
-  const int32_t* shift;
-  const float *scale, *bias;  // [channels]
-  Act act;
-  float alpha, gain, clamp;
-  const ByteImage* images;  // `first` is where the first pixel goes, `pixel` the step from it to the next
-  int64_t image_count;
-};
-
-template <Act A>
-FASTGAN_INLINE void round_pixels(const RoundedRow& r) {
-  using Bytes = register_t<uint8_t, 16>;
-  const float alpha = r.alpha, gain = r.gain, clamp = r.clamp;
-  for (int64_t p = 0; p < r.pixels; ++p) {
-    for (int64_t first = 0; first < r.channels; first += kGroup) {
-      const int32_t* const sums = r.sums + p * r.stride + first;
-      const int32_t* const shift = r.shift + first;
-      const float *const scale = r.scale + first, *const bias = r.bias + first;
-      float y[kGroup];
-#pragma omp simd
-      for (int64_t c = 0; c < kGroup; ++c) {
-        const float z = static_cast<float>(sums[c] + shift[c]) * scale[c] + bias[c];
-        const float v = act_value<A>(z, alpha) * gain;
-        y[c] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
-      }
-      for (int64_t i = 0; i < r.image_count; ++i) {
-        const ByteImage& image = r.images[i];
-        const Quantization q = image.quantization;
-        int32_t whole[kGroup];
-#pragma omp simd
-        for (int64_t c = 0; c < kGroup; ++c) whole[c] = static_cast<int32_t>(q(y[c]) - q.low);
-        store(__builtin_convertvector((load<register_t<int32_t, 64>>(whole)), Bytes),
-              image.first + p * image.pixel + first);
-      }
-    }
-  }
-}
-
-FASTGAN_MULTIVERSION void round_row(const RoundedRow& row) {
-  dispatch_act(row.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE { round_pixels<A>(row); });
-}
-
-// What depends on sizes alone.
-template <typename Word>
-struct Layout {
-  static constexpr int64_t kPerWord = Form<Word>::kPerWord;
-
-  // Weights that are in the first-level cache together: words of some taps.
-  struct Chunk {
-    std::vector<int32_t> taps;  // where their first word lies from a pixel on
-    int64_t words;              // of each tap
-    int64_t first;              // word of the phase
-  };
-  // Of a phase: only taps that meet some pixel of x.
-  struct PhaseTaps {
-    std::vector<int64_t> kernel;  // their places in a kernel
-    std::vector<Chunk> chunks;
-    int64_t first;  // word of the slab
-  };
-
-  Layout(const Tensor& x, const Tensor& weight, const ConvGeometry& g, Storage storage);
-
-  ConvPlan plan;
-  WordImage<typename Form<Word>::Value> image;
-  int64_t word_bytes;          // of the weights
-  int64_t words, slab, slabs;  // words of a tap
-  int64_t blocks;              // of lines of results, one per task
-  int64_t lines;               // of the largest block
-  int64_t words_of_slab = 0;
-  std::vector<PhaseTaps> taps;
-  std::vector<int64_t> key;  // of the packed weights
-
- private:
-  bool meets_pixel(const Tap& tap) const;
-  PhaseTaps taps_of(const Phase& phase) const;
-};
-
-template <typename Word>
-Layout<Word>::Layout(const Tensor& x, const Tensor& weight, const ConvGeometry& g, Storage storage)
-    : plan(x, weight, g),
-      image(plan),
-      word_bytes(storage == Storage::kBfloat16 ? sizeof(BFloat16) : sizeof(Word)),
-      words(image.depth() / kPerWord),
-      slab(slab_size(plan.c_out, storage)),
-      slabs(ceil_div(plan.c_out, slab)),
-      blocks([&] {
-        const int64_t all = plan.n * plan.base_h, threads = torch::stable::get_num_threads();
-        const int64_t least = ceil_div(all, std::max<int64_t>(kBlockPixels / plan.base_w, 1));
-        // As many tasks for each thread.
-        return std::min(all, slabs % threads ? round_up(least, threads) : least);
-      }()),
-      lines(ceil_div(plan.n * plan.base_h, blocks)),
-      // Below 0: what Winograd's filtering makes of a weight has its tile there.
-      key{-1, static_cast<int64_t>(storage), g.transposed, g.stride[0], weight.size(0), weight.size(1)} {
-  for (const Phase& phase : plan.phases) {
-    taps.push_back(taps_of(phase));
-    words_of_slab += words * static_cast<int64_t>(taps.back().kernel.size());
-    key.push_back(-1);
-    key.insert(key.end(), taps.back().kernel.begin(), taps.back().kernel.end());
-  }
-}
-
-template <typename Word>
-bool Layout<Word>::meets_pixel(const Tap& tap) const {
-  const Sampling& in = plan.input;
-  const auto meets = [&](int64_t results, int64_t shift, int64_t place, int64_t size) {
-    const int64_t first = in.stride * shift + place, last = first + in.stride * (results - 1);
-    return last >= 0 && first < size;
-  };
-  return in.reflect || (meets(plan.base_h, tap.dy, tap.plane / in.stride, in.h_in) &&
-                        meets(plan.base_w, tap.dx, tap.plane % in.stride, in.w_in));
-}
-
-template <typename Word>
-typename Layout<Word>::PhaseTaps Layout<Word>::taps_of(const Phase& phase) const {
-  PhaseTaps found{.kernel = {}, .chunks = {}, .first = words_of_slab};
-  // Of weights that stay in the first-level cache, which processors with wider registers have larger.
-  const int64_t near_bytes = 2048 * product_lanes();
-  const int64_t near = near_bytes / (slab * word_bytes), together = std::max<int64_t>(1, near / words);
-  for (const Tap& tap : phase.taps) {
-    if (!meets_pixel(tap)) continue;
-    const int64_t at = image.offset(tap) / kPerWord, before = words * static_cast<int64_t>(found.kernel.size());
-    for (int64_t k = 0; k < words; k += near) {
-      if (words > near || found.kernel.size() % together == 0) {
-        found.chunks.push_back({.taps = {}, .words = std::min(near, words - k), .first = before + k});
-      }
-      found.chunks.back().taps.push_back(static_cast<int32_t>(at + k));
-    }
-    found.kernel.push_back(tap.weight);
-  }
-  return found;
-}
+constexpr int64_t kLineBytes = 64;  // of a cache line
 
 template <typename Word>
 class Call {
  public:
-  using Value = typename Form<Word>::Value;
+  using Value = typename WordForm<Word>::Value;
 
   // Of the image at `values`.
-  Call(const Layout<Word>& layout, const Value* values, const Tensor& weight, const ConvGeometry& g, Storage storage,
-       const Quantization& quantization);
+  Call(const PackedLayout<Word>& layout, const Value* values, const Tensor& weight, const ConvGeometry& g,
+       Storage storage, const Quantization& quantization);
 
   void multiply(const PlanarResult& result) const;
   // To images of bytes, with the epilogue of `result`.
   void multiply(const PlanarResult& result, const std::vector<ByteImage>& images) const;
 
  private:
-  using Source = typename Form<Word>::Source;
-  using Chunk = typename Layout<Word>::Chunk;
-  static constexpr int64_t kPerWord = Form<Word>::kPerWord;
+  using Source = typename WordForm<Word>::Source;
+  using Chunk = typename PackedLayout<Word>::Chunk;
+  static constexpr int64_t kPerWord = WordForm<Word>::kPerWord;
   static constexpr bool kBytes = std::is_same_v<Word, int32_t>;
 
   // One thread's buffers.
@@ -289,7 +69,7 @@ class Call {
   void write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const;
   void join_phases(const float* from, int64_t rows, float* to) const;
 
-  const Layout<Word>& layout_;
+  const PackedLayout<Word>& layout_;
   const ConvPlan& plan_;
   const Storage storage_;
   const Quantization quantization_;
@@ -299,7 +79,7 @@ class Call {
 };
 
 template <typename Word>
-Call<Word>::Call(const Layout<Word>& layout, const Value* values, const Tensor& weight, const ConvGeometry& g,
+Call<Word>::Call(const PackedLayout<Word>& layout, const Value* values, const Tensor& weight, const ConvGeometry& g,
                  Storage storage, const Quantization& quantization)
     : layout_(layout),
       plan_(layout.plan),
@@ -390,12 +170,12 @@ void Call<Word>::multiply(const PlanarResult& result) const {
             shifts_of(p, slab * slab_ + c, kGroup, b.shifts.data());
             shifts = b.shifts.data();
           }
-          planes_of<Word>({.from = b.sums.data() + p * pixels * slab_ + c,
-                           .stride = slab_,
-                           .pixels = lines * plan_.base_w,
-                           .shift = shifts,
-                           .to = b.planes.data() + p * pixels,
-                           .to_stride = phases_ * pixels});
+          planes_of(Spreading<Word>{.from = b.sums.data() + p * pixels * slab_ + c,
+                                    .stride = slab_,
+                                    .pixels = lines * plan_.base_w,
+                                    .shift = shifts,
+                                    .to = b.planes.data() + p * pixels,
+                                    .to_stride = phases_ * pixels});
         }
         write(line, lines, slab * slab_ + c, b);
       }
@@ -536,9 +316,9 @@ void Call<Word>::join_phases(const float* from, int64_t rows, float* to) const {
 }
 
 template <typename Word>
-std::shared_ptr<const Layout<Word>> layout_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g,
-                                              Storage storage) {
-  return planned<Layout<Word>>(x, weight, [&] { return Layout<Word>(x, weight, g, storage); });
+std::shared_ptr<const PackedLayout<Word>> layout_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g,
+                                                    Storage storage) {
+  return planned<PackedLayout<Word>>(x, weight, [&] { return PackedLayout<Word>(x, weight, g, storage); });
 }
 
 // The image as it is multiplied, of `layout.size()` values.

@@ -9,6 +9,7 @@
 #include "conv_geometry.h"
 #include "epilogue.h"
 #include "storage.h"
+#include "word_sums.h"
 
 namespace fastgan {
 
@@ -24,16 +25,8 @@ double quantized_direct_ms(const Tensor& x, const Tensor& weight, const ConvGeom
 void packed_direct_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                         Storage storage, const PlanarResult& result);
 
-// What a convolution writes where another one reads it: rounded as that one rounds it, counted from the least value on,
-// a byte for each channel of a pixel. Bytes from the first pixel on, from one row and from one pixel to the next.
-struct ByteImage {
-  uint8_t* first;
-  int64_t row, pixel;
-  Quantization quantization;
-};
-
-// How x lies there for quantized_direct_conv: rows and columns with the padding, bytes of a pixel, and the row and the
-// column of the first pixel.
+// How x lies as bytes for quantized_direct_conv: rows and columns with the padding, bytes of a pixel, and the row and
+// the column of the first pixel.
 struct ByteLayout {
   int64_t rows = 0, columns = 0, depth = 0, top = 0, left = 0;
 };
