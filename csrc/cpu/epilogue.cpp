@@ -8,12 +8,12 @@ FASTGAN_INLINE void epilogue_loop(const EpilogueBlock<C>& b) {
   // Copies: a store through y could otherwise change what b refers to, and every value would be loaded again.
   const C *const c = b.c, *const scale = b.scale, *const shift = b.shift, *const noise = b.noise;
   C* const y = b.y;
-  const C alpha = b.alpha, gain = b.gain, clamp = b.clamp, scale0 = scale[0], shift0 = shift[0];
+  const C strength = b.strength, alpha = b.alpha, gain = b.gain, clamp = b.clamp, scale0 = scale[0], shift0 = shift[0];
   const int64_t n = b.n;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     C z = c[i] * (kPerElement ? scale[i] : scale0) + (kPerElement ? shift[i] : shift0);
-    if constexpr (kNoise) z += noise[i];
+    if constexpr (kNoise) z += strength * noise[i];
     const C v = act_value<A>(z, alpha) * gain;
     // In this form, and not with min and max, a NaN passes.
     y[i] = v > clamp ? clamp : (v < -clamp ? -clamp : v);

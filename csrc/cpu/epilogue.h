@@ -19,7 +19,8 @@ struct EpilogueBlock {
   int64_t n;
   const C* scale;
   const C* shift;
-  const C* noise;  // already multiplied by its strength; null for none
+  const C* noise;  // null for none
+  C strength;      // of the noise
   Act act;
   C alpha, gain, clamp;
 };
@@ -99,7 +100,7 @@ class BlockEpilogue {
         strength(e.noise_strength ? *e.noise_strength->const_data_ptr<C>() : C(1)),
         residual(e.residual ? e.residual->const_data_ptr<T>() : nullptr) {
     const int64_t longest = std::max(kBlock, blocks.c);
-    if (noise) noise_row.resize(longest);
+    if (noise && !blocks.planar) noise_row.resize(longest);
     if (sizeof(T) == 2) out_buffer.resize(longest);
     if (residual && sizeof(T) == 2) residual_buffer.resize(longest);
   }
@@ -109,8 +110,17 @@ class BlockEpilogue {
     scale.fill(blocks, b, [&](int64_t channel) { return scales.at(b.sample, channel); });
     shift.fill(blocks, b, [&](int64_t channel) { return bias ? bias[channel] : C(0); });
     C* const out = result_buffer(to + b.offset, out_buffer.data());
-    EpilogueBlock<C> block{from,    out,   b.size,     scale.values.data(), shift.values.data(),
-                           nullptr, e.act, C(e.alpha), C(e.gain),           C(e.clamp)};
+    EpilogueBlock<C> block{.c = from,
+                           .y = out,
+                           .n = b.size,
+                           .scale = scale.values.data(),
+                           .shift = shift.values.data(),
+                           .noise = nullptr,
+                           .strength = strength,
+                           .act = e.act,
+                           .alpha = C(e.alpha),
+                           .gain = C(e.gain),
+                           .clamp = C(e.clamp)};
     if (noise) add_noise(b, block);
     epilogue_block(block, !blocks.planar);
     if (residual)
@@ -122,8 +132,7 @@ class BlockEpilogue {
   void add_noise(const ImageBlocks::Block& b, EpilogueBlock<C>& block) {
     const C* const values = noise + b.sample * noise_stride + b.pixel;
     if (blocks.planar) {
-      for (int64_t p = 0; p < b.pixels; ++p) noise_row[p] = strength * values[p];
-      block.noise = noise_row.data();
+      block.noise = values;
       return;
     }
     for (int64_t p = 0; p < b.pixels; ++p) {

@@ -13,6 +13,7 @@
 
 #include "epilogue.h"
 #include "recorded_calls.h"
+#include "tasks.h"
 
 namespace fastgan {
 namespace {
@@ -284,7 +285,9 @@ class RowFilter {
     if (held[slot] == j) return found;
     held[slot] = j;
     const int64_t values = job.across.in * job.chunk;
-    const C* const source = as_compute(job.x + (current * job.down.in + j) * values, values, wide.data());
+    const T* const pixels = job.x + (current * job.down.in + j) * values;
+    for (int64_t i = 0; i < values; i += 64 / sizeof(T)) __builtin_prefetch(pixels + 4 * values + i);
+    const C* const source = as_compute(pixels, values, wide.data());
     prepare(source, job.filter.separable ? prepared.data() : found);
     if (job.filter.separable) along_x(found);
     return found;
@@ -334,9 +337,10 @@ class RowFilter {
   int64_t current = -1;
 };
 
-// Rows begin .. end of all planes, one behind the other, with the epilogue; as many rows at a time as fill a block.
+// Rows of all planes, one behind the other, in tasks of `grain` of them, with the epilogue; as many rows at a time as
+// fill a block.
 template <typename T>
-void run_rows(const Job<T>& job, int64_t begin, int64_t end) {
+void run_rows(const Job<T>& job, Tasks tasks, int64_t grain) {
   using C = accumulate_t<T>;
   const int64_t height = job.down.out, values = job.row_values();
   const int64_t most_rows = std::max<int64_t>(1, kBlock / values);
@@ -344,23 +348,26 @@ void run_rows(const Job<T>& job, int64_t begin, int64_t end) {
   BlockEpilogue<T> epilogue(job.blocks, job.epilogue, job.y);
   T* const to = job.y.template mutable_data_ptr<T>();
   std::vector<C> buffer(most_rows * values);
-  for (int64_t first = begin; first < end;) {
-    const int64_t plane = first / height, i = first % height;
-    const int64_t rows = std::min({most_rows, height - i, end - first});
-    C* const out = job.plain ? result_buffer(to + first * values, buffer.data()) : buffer.data();
-    for (int64_t r = 0; r < rows; ++r) filter.row(plane, i + r, out + r * values);
-    if (job.plain) {
-      flush(out, to + first * values, rows * values);
-    } else {
-      const int64_t pixels = rows * job.across.out;
-      for (int64_t p = 0; p < pixels; p += job.blocks.pixels_per_block) {
-        const int64_t count = std::min(job.blocks.pixels_per_block, pixels - p);
-        const int64_t channels = job.blocks.planar ? job.blocks.c : 1;
-        epilogue(out + p * job.chunk, {plane / channels, plane % channels, i * job.across.out + p, count,
-                                       first * values + p * job.chunk, count * job.chunk});
+  while (const auto task = tasks.next()) {
+    const int64_t end = std::min((*task + 1) * grain, job.planes() * height);
+    for (int64_t first = *task * grain; first < end;) {
+      const int64_t plane = first / height, i = first % height;
+      const int64_t rows = std::min({most_rows, height - i, end - first});
+      C* const out = job.plain ? result_buffer(to + first * values, buffer.data()) : buffer.data();
+      for (int64_t r = 0; r < rows; ++r) filter.row(plane, i + r, out + r * values);
+      if (job.plain) {
+        flush(out, to + first * values, rows * values);
+      } else {
+        const int64_t pixels = rows * job.across.out;
+        for (int64_t p = 0; p < pixels; p += job.blocks.pixels_per_block) {
+          const int64_t count = std::min(job.blocks.pixels_per_block, pixels - p);
+          const int64_t channels = job.blocks.planar ? job.blocks.c : 1;
+          epilogue(out + p * job.chunk, {plane / channels, plane % channels, i * job.across.out + p, count,
+                                         first * values + p * job.chunk, count * job.chunk});
+        }
       }
+      first += rows;
     }
-    first += rows;
   }
 }
 
@@ -407,9 +414,9 @@ void filter_into(const Tensor& x, const std::optional<Tensor>& f, const FirSetti
                      plain,
                      args,
                      ImageBlocks(n, c, axes.along.out * axes.across.out, !channels_last)};
-    const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, job.row_values()));
-    torch::stable::parallel_for(0, job.planes() * axes.along.out, grain,
-                                [&](int64_t begin, int64_t end) { run_rows(job, begin, end); });
+    // A task's first rows are filtered once more.
+    const int64_t grain = std::max<int64_t>(1, 2 * kGrainElements / std::max<int64_t>(1, job.row_values()));
+    share_tasks(ceil_div(job.planes() * axes.along.out, grain), [&](Tasks tasks) { run_rows(job, tasks, grain); });
   });
 }
 
