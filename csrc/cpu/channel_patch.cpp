@@ -47,6 +47,7 @@ FASTGAN_INLINE int64_t gather_quads(const ChannelLine& l, int64_t channel) {
 
 FASTGAN_INLINE void copy_pixels(const ChannelLine& l) {
   for (int64_t p = 0; p < l.pixels; ++p) {
+    __builtin_prefetch(l.from + p * l.pixel + l.ahead);
 #pragma omp simd
     for (int64_t c = 0; c < kGroup; ++c) {
       l.to[p * l.to_pixel + c] = at_least(l.scale[c] * l.from[p * l.pixel + c], l.least);
@@ -112,7 +113,7 @@ void ChannelPatch::load(const ScaledImage& image, int64_t sample, int64_t channe
     }
     const auto gather = [&](int64_t column, int64_t place, int64_t pixels) {
       gather_channels({.from = from + line * image.stride_h + column * image.stride_w,
-                       .channel = image.stride_c,
+                       .channel = image.in_group,
                        .pixel = image.stride_w,
                        .channels = channels,
                        .pixels = pixels,

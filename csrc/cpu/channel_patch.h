@@ -9,9 +9,6 @@
 
 namespace fastgan {
 
-// Channels side by side: one cache line of floats, whole registers of every instruction set.
-constexpr int64_t kGroup = 16;
-
 // to[p * to_pixel + c] = scale[c] * from[c * channel + p * pixel], or `least`, for p < pixels, c < channels; 0 for
 // other c < kGroup.
 struct ChannelLine {

@@ -10,19 +10,24 @@
 
 namespace fastgan {
 
-// x [N, C, H, W] of any strides, with a factor per sample and channel, and `least` in place of what is less then.
+// x [N, C, H, W] of any strides, with a factor per sample and channel, and `least` in place of what is less then. Of a
+// grouped x, whose tensor tells only the sizes, stride_c leads from one group to the next, for each of its channels.
 struct ScaledImage {
   const float* data;
   int64_t stride_n, stride_c, stride_h, stride_w;
+  int64_t in_group;  // from one channel of a group to the next
+  bool grouped;
   Scales<float> scale;
   float least;
 
-  ScaledImage(const Tensor& x, const std::optional<Tensor>& in_scale, bool rectified = false)
+  ScaledImage(const Tensor& x, const std::optional<Tensor>& in_scale, bool rectified = false, bool is_grouped = false)
       : data(x.const_data_ptr<float>()),
         stride_n(x.stride(0)),
-        stride_c(x.stride(1)),
-        stride_h(x.stride(2)),
-        stride_w(x.stride(3)),
+        stride_c(is_grouped ? x.size(2) * x.size(3) : x.stride(1)),
+        stride_h(is_grouped ? kGroup * x.size(3) : x.stride(2)),
+        stride_w(is_grouped ? kGroup : x.stride(3)),
+        in_group(is_grouped ? 1 : stride_c),
+        grouped(is_grouped),
         scale(in_scale),
         least(rectified ? 0.0f : kLeast) {}
 };

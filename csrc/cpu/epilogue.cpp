@@ -52,6 +52,26 @@ FASTGAN_INLINE void rows_loop(const EpilogueRows& rows) {
   }
 }
 
+template <Act A, bool kNoise>
+FASTGAN_INLINE void group_loop(const EpilogueGroup& g) {
+  const float alpha = g.alpha, gain = g.gain, clamp = g.clamp, strength = g.strength;
+  const float* __restrict__ const scale = g.scale, * __restrict__ const shift = g.shift;
+  const int64_t n = g.n, stride = g.stride, step = g.step, ahead = g.ahead;
+  for (int64_t p = 0; p < n; ++p) {
+    const float* __restrict__ const c = g.c + p * stride;
+    float* __restrict__ const y = g.y + p * step * kGroup;
+    const float plus = kNoise ? strength * g.noise[p * step] : 0.0f;
+    __builtin_prefetch(y + ahead, 1);
+#pragma omp simd
+    for (int64_t i = 0; i < kGroup; ++i) {
+      float z = c[i] * scale[i] + shift[i];
+      if constexpr (kNoise) z += plus;
+      const float v = act_value<A>(z, alpha) * gain;
+      y[i] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
+    }
+  }
+}
+
 template <typename C>
 FASTGAN_INLINE void axpy_loop(C a, const C* __restrict__ x, C* __restrict__ y, int64_t n) {
 #pragma omp simd
@@ -77,6 +97,16 @@ FASTGAN_MULTIVERSION void epilogue_rows(const EpilogueRows& rows) {
   for (int64_t r = 0; r < rows.rows; ++r) {
     axpy_loop(rows.residual_gain, rows.residual + r * rows.plane, rows.y + r * rows.plane, rows.n);
   }
+}
+
+FASTGAN_MULTIVERSION void epilogue_group(const EpilogueGroup& g) {
+  dispatch_act(g.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE {
+    if (g.noise) {
+      group_loop<A, true>(g);
+    } else {
+      group_loop<A, false>(g);
+    }
+  });
 }
 
 FASTGAN_MULTIVERSION void axpy(float a, const float* x, float* y, int64_t n) { axpy_loop(a, x, y, n); }

@@ -44,6 +44,21 @@ struct EpilogueRows {
 };
 void epilogue_rows(const EpilogueRows& r);
 
+// The epilogue of a group's channels of n pixels.
+struct EpilogueGroup {
+  const float* c;  // [n, kGroup], `stride` apart
+  int64_t stride, n;
+  float* y;  // the same, with step - 1 other pixels between them, and so is noise
+  int64_t step;
+  int64_t ahead;               // from y to what is written soon
+  const float *scale, *shift;  // [kGroup]
+  const float* noise;          // null for none
+  float strength;
+  Act act;
+  float alpha, gain, clamp;
+};
+void epilogue_group(const EpilogueGroup& g);
+
 // y += a * x.
 void axpy(float a, const float* x, float* y, int64_t n);
 void axpy(double a, const double* x, double* y, int64_t n);
@@ -155,18 +170,22 @@ class BlockEpilogue {
   ChannelRow<C> scale, shift;
 };
 
-// An NCHW float result that products fill plane by plane, and where the linear part itself is kept (null: nowhere).
+// An NCHW float result that products fill plane by plane, and where the linear part itself is kept (null: nowhere); or
+// a grouped one, whose tensor tells only the sizes, without a residual.
 struct PlanarResult {
   ImageBlocks blocks;
   const EpilogueArgs& args;
   const Tensor& y;
   float* saved;
+  bool grouped;
 
-  PlanarResult(const EpilogueArgs& epilogue, const Tensor& result, float* linear)
-      : blocks(result, false), args(epilogue), y(result), saved(linear) {
+  PlanarResult(const EpilogueArgs& epilogue, const Tensor& result, float* linear, bool is_grouped = false)
+      : blocks(result, false), args(epilogue), y(result), saved(linear), grouped(is_grouped) {
     blocks.planar = true;  // with one pixel too
   }
 };
+
+inline const float* values_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 // One thread's way of writing to it.
 class PlaneWriter {
@@ -223,7 +242,6 @@ class PlaneWriter {
     constexpr int64_t kLine = 16;  // floats of a cache line
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(to + i, 1);
   }
-  static const float* values_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
   const PlanarResult& result_;
   BlockEpilogue<float> epilogue_;
@@ -233,6 +251,54 @@ class PlaneWriter {
                      *const residual_ = values_of(result_.args.residual);
   const int64_t noise_stride_ = noise_ && result_.args.noise->size(0) > 1 ? result_.blocks.pixels : 0;
   const float strength_ = result_.args.noise_strength ? *values_of(result_.args.noise_strength) : 1.0f;
+};
+
+// The same to a grouped one.
+class GroupWriter {
+ public:
+  explicit GroupWriter(const PlanarResult& result)
+      : result_(result),
+        scales_(result.args.out_scale),
+        y_(result.y.mutable_data_ptr<float>()),
+        bias_(values_of(result.args.bias)),
+        noise_(values_of(result.args.noise)),
+        noise_stride_(noise_ && result.args.noise->size(0) > 1 ? result.blocks.pixels : 0),
+        strength_(result.args.noise_strength ? *values_of(result.args.noise_strength) : 1.0f) {}
+
+  // from: the linear part, [n, kGroup] with pixels `stride` apart, of every step-th pixel from `pixel` on. Callers go
+  // from one group to the next: there, memory is fetched meanwhile.
+  void write(int64_t sample, int64_t channel, int64_t pixel, int64_t step, int64_t n, const float* from,
+             int64_t stride) const {
+    const EpilogueArgs& e = result_.args;
+    const int64_t channels = result_.blocks.c, plane = result_.blocks.pixels;
+    float scale[kGroup], shift[kGroup];
+    for (int64_t c = 0; c < kGroup; ++c) {
+      scale[c] = scales_.at(sample, channel + c);
+      shift[c] = bias_ ? bias_[channel + c] : 0.0f;
+    }
+    epilogue_group({.c = from,
+                    .stride = stride,
+                    .n = n,
+                    .y = y_ + (sample * channels + channel) * plane + pixel * kGroup,
+                    .step = step,
+                    .ahead = channel + kGroup < channels ? kGroup * plane : 0,
+                    .scale = scale,
+                    .shift = shift,
+                    .noise = noise_ ? noise_ + sample * noise_stride_ + pixel : nullptr,
+                    .strength = strength_,
+                    .act = e.act,
+                    .alpha = static_cast<float>(e.alpha),
+                    .gain = static_cast<float>(e.gain),
+                    .clamp = static_cast<float>(e.clamp)});
+  }
+
+ private:
+  const PlanarResult& result_;
+  const Scales<float> scales_;
+  float* const y_;
+  const float *const bias_, *const noise_;
+  const int64_t noise_stride_;
+  const float strength_;
 };
 
 // The epilogue of a whole image c, dense in y's layout.

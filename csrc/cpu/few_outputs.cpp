@@ -8,11 +8,13 @@
 #include "few_outputs.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "conv_plan.h"
 #include "large_buffer.h"
 #include "product.h"
 #include "tasks.h"
+#include "word_sums.h"
 
 namespace fastgan {
 namespace {
@@ -56,8 +58,8 @@ struct SlabLine {
 
 FASTGAN_MULTIVERSION void fill_slabs(const SlabLine& l) {
   for (int64_t first = 0; first < l.pixels; first += l.slab) {
-    const float* __restrict__ const from = l.from + first * l.pixel;
-    float* __restrict__ const to = l.to + first / l.slab * l.to_step;
+    const float* const from = l.from + first * l.pixel;
+    float* const to = l.to + first / l.slab * l.to_step;
     const int64_t count = std::min(l.slab, l.pixels - first);
     const float scale = l.scale, least = l.least;
     if (l.pixel == 1) {
@@ -73,8 +75,9 @@ FASTGAN_MULTIVERSION void fill_slabs(const SlabLine& l) {
 
 class Call {
  public:
-  Call(const Tensor& x, const Tensor& weight, const ConvGeometry& g)
-      : n_(x.size(0)),
+  Call(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g)
+      : image_(image),
+        n_(x.size(0)),
         c_in_(x.size(1)),
         c_out_(weight.size(g.transposed ? 1 : 0)),
         y_(x, weight, g, 0),
@@ -91,10 +94,12 @@ class Call {
         open_(y_.most() - y_.least() + 1),
         panels_(ceil_div(rows_, kPanelRows) * chunks_ * kPanelSize) {
     for (int64_t i = 0; i < slab_; i += product_lanes()) vectors_.push_back(static_cast<int32_t>(i));
+    // Few weights are scaled sooner than many pixels.
+    if (n_ == 1 && image_.least == kLeast) scale_ = std::exchange(image_.scale, {});
     pack(weight, g.transposed);
   }
 
-  void run(const ScaledImage& x, const PlanarResult& result) const;
+  void run(const PlanarResult& result) const;
 
  private:
   // One thread's buffers.
@@ -113,11 +118,12 @@ class Call {
   };
 
   void pack(const Tensor& weight, bool transposed);
-  void load(const ScaledImage& x, int64_t sample, int64_t row, Buffers& b) const;
+  void load(int64_t sample, int64_t row, Buffers& b) const;
+  void load_groups(int64_t sample, int64_t row, Buffers& b) const;
   void multiply(int64_t first_row, int64_t rows, Buffers& b) const;
   void add(int64_t tap, int64_t line, Buffers& b) const;
   void write_until(int64_t line, Task& task, Buffers& b) const;
-  void run_task(const ScaledImage& x, Task task, Buffers& b) const;
+  void run_task(Task task, Buffers& b) const;
 
   int64_t line_sums() const { return c_out_ * x_.stride * width_; }
   // Of one output channel and one residue of the columns.
@@ -125,6 +131,8 @@ class Call {
     return b.sums.data() + line % open_ * line_sums() + (channel * x_.stride + residue) * width_;
   }
 
+  ScaledImage image_;
+  Scales<float> scale_;  // of the weights
   const int64_t n_, c_in_, c_out_;
   const Axis y_, x_;
   const int64_t of_tap_, rows_;  // products of one row of taps, and of all
@@ -143,11 +151,13 @@ void Call::pack(const Tensor& weight, bool transposed) {
     const int64_t tap = r / of_tap_ * x_.taps + r % x_.taps;
     const float* const from = values + r / x_.taps % c_out_ * output + tap;
     float* const to = panels_.get() + r / kPanelRows * chunks_ * kPanelSize + r % kPanelRows * kPanelStride;
-    for (int64_t c = 0; c < c_in_; ++c) to[c / kPanelDepth * kPanelSize + c % kPanelDepth] = from[c * input];
+    for (int64_t c = 0; c < c_in_; ++c) {
+      to[c / kPanelDepth * kPanelSize + c % kPanelDepth] = scale_.at(0, c) * from[c * input];
+    }
   }
 }
 
-void Call::run(const ScaledImage& x, const PlanarResult& result) const {
+void Call::run(const PlanarResult& result) const {
   const int64_t tasks = kTasks * torch::stable::get_num_threads();
   const int64_t most_lines = std::max(kTaskLines, ceil_div(n_ * y_.out, tasks));
   const int64_t per_sample = ceil_div(y_.out, most_lines), lines = ceil_div(y_.out, per_sample);
@@ -157,12 +167,12 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
               std::vector<const float*>(x_.stride),    PlaneWriter(result)};
     while (const auto task = tasks.next()) {
       const int64_t first = std::min(*task % per_sample * lines, y_.out);
-      run_task(x, {*task / per_sample, first, std::min(first + lines, y_.out), first}, b);
+      run_task({*task / per_sample, first, std::min(first + lines, y_.out), first}, b);
     }
   });
 }
 
-void Call::run_task(const ScaledImage& x, Task task, Buffers& b) const {
+void Call::run_task(Task task, Buffers& b) const {
   const int64_t begin = std::max<int64_t>(0, -floor_div(y_.most() - task.begin, y_.stride));
   const int64_t end = std::min(y_.in, floor_div(task.end - 1 - y_.least(), y_.stride) + 1);
   for (int64_t row = begin; row < end; ++row) {
@@ -175,14 +185,16 @@ void Call::run_task(const ScaledImage& x, Task task, Buffers& b) const {
       last = tap;
     }
     if (last < 0) continue;
-    load(x, task.sample, row, b);
+    load(task.sample, row, b);
     multiply(first * of_tap_, (last + 1) * of_tap_, b);
     for (int64_t tap = first; tap <= last; ++tap) add(tap, row * y_.stride + y_.shift(tap), b);
   }
   write_until(task.end, task, b);
 }
 
-void Call::load(const ScaledImage& x, int64_t sample, int64_t row, Buffers& b) const {
+void Call::load(int64_t sample, int64_t row, Buffers& b) const {
+  const ScaledImage& x = image_;
+  if (x.grouped) return load_groups(sample, row, b);
   for (int64_t c = 0; c < c_in_; ++c) {
     fill_slabs({.from = x.data + sample * x.stride_n + c * x.stride_c + row * x.stride_h,
                 .pixel = x.stride_w,
@@ -193,6 +205,35 @@ void Call::load(const ScaledImage& x, int64_t sample, int64_t row, Buffers& b) c
                 .least = x.least,
                 .to = b.line.get() + c * slab_,
                 .to_step = slab_step_});
+  }
+}
+
+void Call::load_groups(int64_t sample, int64_t row, Buffers& b) const {
+  const ScaledImage& x = image_;
+  const bool done = !x.scale.data && x.least == kLeast;
+  for (int64_t c = 0; c < c_in_; c += kGroup) {
+    const float* const from = x.data + sample * x.stride_n + c * x.stride_c + row * x.stride_h;
+    for (int64_t s = 0; s < slabs_; ++s) {
+      const int64_t first = s * slab_, count = std::min(slab_, x_.in - first);
+      float* const to = b.line.get() + s * slab_step_ + c * slab_;
+      planes_of(Spreading<float>{.from = from + first * kGroup,
+                                 .stride = kGroup,
+                                 .pixels = count,
+                                 .shift = nullptr,
+                                 .to = to,
+                                 .to_stride = slab_});
+      for (int64_t i = 0; i < kGroup && !(done && count == slab_); ++i) {
+        fill_slabs({.from = to + i * slab_,
+                    .pixel = 1,
+                    .pixels = count,
+                    .slab = slab_,
+                    .ahead = 0,
+                    .scale = x.scale.at(sample, c + i),
+                    .least = x.least,
+                    .to = to + i * slab_,
+                    .to_step = slab_step_});
+      }
+    }
   }
 }
 
@@ -257,7 +298,7 @@ bool few_outputs_takes(const Tensor& x, const Tensor& weight, const ConvGeometry
 
 void few_outputs_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
                       const PlanarResult& result) {
-  Call(x, weight, g).run(image, result);
+  Call(x, weight, image, g).run(result);
 }
 
 }  // namespace fastgan

@@ -11,6 +11,10 @@ namespace fastgan {
 // Elements per block: 8 KiB of float, so that a block and what is combined with it stay in a 32 KiB L1 between passes.
 constexpr int64_t kBlock = 2048;
 
+// Channels side by side where registers hold channels: one cache line of floats, whole registers of every instruction
+// set. An image in this layout, [N, C / kGroup, H, W, kGroup], is grouped: kernels hand it to each other.
+constexpr int64_t kGroup = 16;
+
 inline bool is_channels_last(const Tensor& t) {
   return t.dim() == 4 && !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == t.size(1) &&
          t.stride(2) == t.size(1) * t.size(3) && t.stride(0) == t.size(1) * t.size(2) * t.size(3);

@@ -67,6 +67,7 @@ class Call {
   void add_products(int64_t line, int64_t lines, int64_t slab, std::vector<const Word*>& starts, Word* sums) const;
   void multiply_chunk(const Chunk& chunk, int64_t word, const Word* const* starts, int64_t pixels, Word* sums) const;
   void write(int64_t line, int64_t lines, int64_t channel, Buffers& b) const;
+  void write_groups(int64_t line, int64_t lines, int64_t slab, const float* sums, const GroupWriter& groups) const;
   void join_phases(const float* from, int64_t rows, float* to) const;
 
   const PackedLayout<Word>& layout_;
@@ -151,6 +152,7 @@ void Call<Word>::pack_slab(const Source* from, int64_t row, int64_t channel, int
 template <typename Word>
 void Call<Word>::multiply(const PlanarResult& result) const {
   const int64_t all_lines = plan_.n * plan_.base_h;
+  const GroupWriter groups(result);
   share_tasks(slabs_ * blocks_, [&](Tasks tasks) {
     const int64_t pixels = lines_ * plan_.base_w;
     Buffers b{.pixels = std::vector<const Word*>(pixels),
@@ -163,6 +165,12 @@ void Call<Word>::multiply(const PlanarResult& result) const {
       const int64_t slab = *task / blocks_, block = *task % blocks_;
       const int64_t line = all_lines * block / blocks_, lines = all_lines * (block + 1) / blocks_ - line;
       add_products(line, lines, slab, b.pixels, b.sums.data());
+      if constexpr (!kBytes) {
+        if (result.grouped) {
+          write_groups(line, lines, slab, b.sums.data(), groups);
+          continue;
+        }
+      }
       for (int64_t c = 0; c < slab_ && slab * slab_ + c < plan_.c_out; c += kGroup) {
         for (int64_t p = 0; p < phases_; ++p) {
           const Word* shifts = nullptr;
@@ -279,6 +287,26 @@ void Call<Word>::multiply_chunk(const Chunk& chunk, int64_t word, const Word* co
                                      .overwrite = chunk.first == 0,
                                      .next = weights + steps * (step_bytes + fetched * kLineBytes),
                                      .next_lines = fetched < lines ? of_step : 0});
+  }
+}
+
+// A slab's channels of a grouped y: sums lie as it does.
+template <typename Word>
+void Call<Word>::write_groups(int64_t line, int64_t lines, int64_t slab, const float* sums,
+                              const GroupWriter& groups) const {
+  const int64_t pixels = lines_ * plan_.base_w, stride = plan_.out_stride, channel = slab * slab_;
+  for (int64_t c = 0; c < std::min(slab_, plan_.c_out - channel); c += kGroup) {
+    for (int64_t l = 0; l < lines; ++l) {
+      const int64_t sample = (line + l) / plan_.base_h, base = (line + l) % plan_.base_h;
+      for (int64_t p = 0; p < phases_; ++p) {
+        const Phase& phase = plan_.phases[p];
+        const int64_t y = stride * base + phase.row;
+        if (y >= plan_.h_out) continue;
+        groups.write(sample, channel + c, y * plan_.w_out + phase.column, stride,
+                     ceil_div(plan_.w_out - phase.column, stride), sums + (p * pixels + l * plan_.base_w) * slab_ + c,
+                     slab_);
+      }
+    }
   }
 }
 

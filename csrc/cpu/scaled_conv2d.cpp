@@ -16,6 +16,7 @@
 #include "direct_conv.h"
 #include "direct_weight_grad.h"
 #include "epilogue.h"
+#include "few_outputs.h"
 #include "few_pixels.h"
 #include "image.h"
 #include "packed_direct.h"
@@ -104,10 +105,11 @@ bool is_fused(Algorithm algorithm) { return algorithm != Algorithm::kFewPixels &
 
 // The whole op by products of our own, into y and `saved`, if any: scales and epilogue happen inside them.
 void fused_products(const ConvChoice& choice, const Tensor& x, const Tensor& weight, const ScaledImage& image,
-                    const ConvGeometry& g, Storage storage, const EpilogueArgs& args, const Tensor& y, float* saved) {
+                    const ConvGeometry& g, Storage storage, const EpilogueArgs& args, const Tensor& y, float* saved,
+                    bool y_grouped) {
   const auto residual = args.residual ? std::optional(in_layout(*args.residual, false)) : std::nullopt;
   const EpilogueArgs dense = args.with_residual(residual);
-  const PlanarResult result(dense, y, saved);
+  const PlanarResult result(dense, y, saved, y_grouped);
   if (choice.algorithm == Algorithm::kPackedDirect) {
     packed_direct_conv(x, weight, image, g, storage, result);
   } else if (choice.algorithm == Algorithm::kUnfolded) {
@@ -153,7 +155,7 @@ std::tuple<Tensor, Tensor> scaled_conv2d(const Tensor& x, const Tensor& weight, 
                  c = save_conv ? empty_dense({size.data(), size.size()}, ScalarType::Float, false)
                                : torch::stable::new_empty(x, {0});
     fused_products(choice, x, weight, {x, in_scale}, geometry, Storage::kFloat, args, y,
-                   save_conv ? c.mutable_data_ptr<float>() : nullptr);
+                   save_conv ? c.mutable_data_ptr<float>() : nullptr, false);
     return {y, c};
   }
   Tensor c = convolution(choice.algorithm, half ? wide_x : scaled_input(x, in_scale), wide_weight, riding, geometry,
@@ -176,9 +178,27 @@ Storage parse_storage(const std::string& name) {
   return name == "bf16" ? Storage::kBfloat16 : Storage::kFloat;
 }
 
-// scaled_conv2d of float32 in NCHW, by the algorithm that is asked for, into `out`; with `rectify`, of relu(in_scale *
-// x). `storage` is that of few pixels' weights, Winograd's and packed ones; the other algorithms read the weight as it
-// is.
+// Which images of a call that an algorithm serves may be grouped (image.h): x, y.
+std::pair<bool, bool> takes_grouped(Algorithm algorithm, const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  const bool whole_x = x.size(1) % kGroup == 0, whole_y = weight.size(g.transposed ? 1 : 0) % kGroup == 0;
+  if (algorithm == Algorithm::kDirect) return {whole_x && few_outputs_takes(x, weight, g), false};
+  const bool takes = algorithm == Algorithm::kPackedDirect || algorithm == Algorithm::kWinograd;
+  return {takes && whole_x, takes && whole_y};
+}
+
+// The same for Python, of a call with an epilogue without a residual.
+std::vector<int64_t> grouped_images(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                                    const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
+                                    const std::vector<int64_t>& dilation, bool transposed, int64_t groups, bool reflect,
+                                    const std::string& algorithm, int64_t tile) {
+  const ConvGeometry g{stride, padding, output_padding, dilation, transposed, groups, reflect};
+  const auto [x_too, y_too] = takes_grouped(chosen_convolution(x, weight, g, algorithm, tile).algorithm, x, weight, g);
+  return {x_too, y_too};
+}
+
+// scaled_conv2d of float32 in NCHW, or of grouped images, by the algorithm that is asked for, into `out`; with
+// `rectify`, of relu(in_scale * x). `storage` is that of few pixels' weights, Winograd's and packed ones; the other
+// algorithms read the weight as it is.
 void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& in_scale,
                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& noise,
                         const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
@@ -187,7 +207,7 @@ void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::option
                         const std::vector<int64_t>& dilation, bool transposed, int64_t groups, bool reflect,
                         bool rectify, const std::string& algorithm, int64_t tile, const std::string& storage_name,
                         const std::string& act, double alpha, double gain, std::optional<double> clamp,
-                        double residual_gain, const Tensor& out) {
+                        double residual_gain, const Tensor& out, bool x_grouped, bool y_grouped) {
   struct Plan {
     ConvGeometry geometry;
     ConvChoice choice;
@@ -200,13 +220,17 @@ void scaled_conv2d_into(const Tensor& x, const Tensor& weight, const std::option
                 parse_act("scaled_conv2d", act)};
   });
   const auto& [geometry, choice, storage, activation] = *plan;
+  const auto [x_may, y_may] = takes_grouped(choice.algorithm, x, weight, geometry);
+  STD_TORCH_CHECK((x_may || !x_grouped) && ((y_may && !residual) || !y_grouped), "_scaled_conv2d_into: by ", algorithm,
+                  " there are no grouped images here, or none with a residual");
   count_call(choice.algorithm);
   const EpilogueArgs args{out_scale,    noise,    noise_strength,
                           bias,         residual, activation,
                           alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
                           residual_gain};
   if (is_fused(choice.algorithm)) {
-    fused_products(choice, x, weight, {x, in_scale, rectify}, geometry, storage, args, out, nullptr);
+    fused_products(choice, x, weight, {x, in_scale, rectify, x_grouped}, geometry, storage, args, out, nullptr,
+                   y_grouped);
     return;
   }
   const Tensor input = rectify ? rectified_input(x, in_scale) : scaled_input(x, in_scale);
@@ -292,6 +316,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("_explain_scaled_conv2d", TORCH_BOX(&explain_scaled_conv2d));
   m.impl("_scaled_conv2d_into", TORCH_BOX(&Recordable<&scaled_conv2d_into>::call));
   m.impl("_epilogue_into", TORCH_BOX(&Recordable<&epilogue_into>::call));
+  m.impl("_grouped_images", TORCH_BOX(&grouped_images));
   m.impl("_convolution_candidates", TORCH_BOX(&convolution_candidates));
 }
 

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "epilogue.h"
+#include "grouped_fir.h"
 #include "recorded_calls.h"
 #include "tasks.h"
 
@@ -103,6 +104,8 @@ FASTGAN_MULTIVERSION void interleave(const float* even, const float* odd, float*
 void interleave(const double* even, const double* odd, double* to, int64_t pairs) {
   interleave_loop(even, odd, to, pairs);
 }
+
+constexpr int64_t kAhead = 1024;  // values from what is read to what is fetched: what memory takes to answer
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
 
@@ -286,7 +289,7 @@ class RowFilter {
     held[slot] = j;
     const int64_t values = job.across.in * job.chunk;
     const T* const pixels = job.x + (current * job.down.in + j) * values;
-    for (int64_t i = 0; i < values; i += 64 / sizeof(T)) __builtin_prefetch(pixels + 4 * values + i);
+    for (int64_t i = 0; i < values; i += 64 / sizeof(T)) __builtin_prefetch(pixels + kAhead + i);
     const C* const source = as_compute(pixels, values, wide.data());
     prepare(source, job.filter.separable ? prepared.data() : found);
     if (job.filter.separable) along_x(found);
@@ -437,23 +440,56 @@ Tensor upfirdn2d(const Tensor& x, const std::optional<Tensor>& f, const std::opt
   return y;
 }
 
-// upfirdn2d of float32 in NCHW, into `out`.
+// Whether x and the result may be grouped (image.h), of whole groups of channels and without a residual.
+bool takes_grouped(const std::optional<Tensor>& f, const std::vector<int64_t>& up, const std::vector<int64_t>& down) {
+  const Filter<float> filter(f, false, 1.0f);
+  const auto is_one = [](int64_t stride) { return stride == 1; };
+  return filter.separable && std::max(filter.along_x.size(), filter.along_y.size()) <= GroupedFir::kTaps &&
+         std::ranges::all_of(up, is_one) && std::ranges::all_of(down, is_one);
+}
+
+bool grouped_filter(const std::optional<Tensor>& f, std::vector<int64_t> up, std::vector<int64_t> down) {
+  return takes_grouped(f, up, down);
+}
+
+// upfirdn2d of float32 in NCHW, or grouped, into `out`.
 void upfirdn2d_into(const Tensor& x, const std::optional<Tensor>& f, const std::optional<Tensor>& noise,
                     const std::optional<Tensor>& noise_strength, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& residual, std::vector<int64_t> up, std::vector<int64_t> down,
                     std::vector<int64_t> padding, bool flip_filter, double fir_gain, std::string act, double alpha,
-                    double gain, std::optional<double> clamp, double residual_gain, const Tensor& out) {
+                    double gain, std::optional<double> clamp, double residual_gain, const Tensor& out, bool x_grouped,
+                    bool y_grouped) {
   const std::optional<Tensor> none;
-  filter_into(x, f, {up, down, padding, flip_filter, fir_gain},
-              {none, noise, noise_strength, bias, residual, parse_act("upfirdn2d", act), alpha, gain,
-               clamp.value_or(std::numeric_limits<double>::infinity()), residual_gain},
-              false, out);
+  const FirSettings settings{up, down, padding, flip_filter, fir_gain};
+  const EpilogueArgs epilogue{none,         noise,    noise_strength,
+                              bias,         residual, parse_act("upfirdn2d", act),
+                              alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
+                              residual_gain};
+  if (!x_grouped && !y_grouped) return filter_into(x, f, settings, epilogue, false, out);
+  STD_TORCH_CHECK(x_grouped && y_grouped && !residual && x.size(1) % kGroup == 0 && takes_grouped(f, up, down),
+                  "_upfirdn2d_into: both images are grouped, of a small separable filter and without a residual, or "
+                  "none is");
+  const Filter<float> filter(f, flip_filter, static_cast<float>(fir_gain));
+  const FirAxes axes(x, f, settings);
+  GroupedFir fir{x.const_data_ptr<float>(),
+                 axes.along.in,
+                 axes.across.in,
+                 axes.along.out,
+                 axes.across.out,
+                 axes.along.pad,
+                 axes.across.pad,
+                 {},
+                 {}};
+  std::ranges::copy(filter.along_y, fir.along_y.begin());
+  std::ranges::copy(filter.along_x, fir.along_x.begin());
+  grouped_fir(fir, PlanarResult(epilogue, out, nullptr, true));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d));
+  m.impl("_grouped_filter", TORCH_BOX(&grouped_filter));
   m.impl("_upfirdn2d_into", TORCH_BOX(&Recordable<&upfirdn2d_into>::call));
 }
 

@@ -138,10 +138,11 @@ FASTGAN_INLINE void store_floats(const V& values, int16_t* to) {
   store(__builtin_convertvector(whole, register_t<int16_t, sizeof(V) / 2>), to);
 }
 
-// to = down values across^T, for every register of channels; at(i, j) are the values.
+// to = down values across^T, for every register of channels; at(i, j) are the values, to(i, j) where those of the
+// result go.
 template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename At, typename To>
-FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across, At&& at,
-                              int64_t vectors, To* to, int64_t to_stride) {
+FASTGAN_INLINE void transform_to(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across,
+                                 At&& at, int64_t vectors, To&& to) {
   for (int64_t v = 0; v < vectors; ++v) {
     V half[kDownRows * kAcross];
     FASTGAN_UNROLL
@@ -156,10 +157,17 @@ FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix
       V row[kAcrossRows];
       multiply(across, half + i * kAcross, 1, row, 1);
       FASTGAN_UNROLL
-      for (int j = 0; j < kAcrossRows; ++j)
-        store_floats(row[j], to + (i * kAcrossRows + j) * to_stride + v * kLanes<V>);
+      for (int j = 0; j < kAcrossRows; ++j) store_floats(row[j], to(i, j) + v * kLanes<V>);
     }
   }
+}
+
+// The same to one value behind the other.
+template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename At, typename To>
+FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across, At&& at,
+                              int64_t vectors, To* to, int64_t to_stride) {
+  transform_to<V>(down, across, at, vectors,
+                  [=](int i, int j) FASTGAN_LAMBDA_INLINE { return to + (i * kAcrossRows + j) * to_stride; });
 }
 
 // Fetches kLines values that are `stride` apart, to be written or read.
@@ -223,10 +231,14 @@ struct Transforms {
                                     int64_t row) {
     constexpr int kSums = std::size(Across::a.at[0]);
     if (next) fetch_lines<std::size(Down::a.at[0]) * kSums, false>(sums + next, stride);
+    const auto at = [=](int i, int j) FASTGAN_LAMBDA_INLINE { return sums + (i * kSums + j) * stride; };
+    if (channel == 1) {
+      transform_to<V>(Down::a, Across::a, at, kGroup / kLanes<V>,
+                      [=](int i, int j) FASTGAN_LAMBDA_INLINE { return to + i * row + j * kGroup; });
+      return;
+    }
     alignas(64) float tile[M * M * kGroup];
-    transform<V>(
-        Down::a, Across::a, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return sums + (i * kSums + j) * stride; },
-        kGroup / kLanes<V>, tile, kGroup);
+    transform<V>(Down::a, Across::a, at, kGroup / kLanes<V>, tile, kGroup);
     for (int a = 0; a < M; ++a) spread_channels<V, M>(tile + a * M * kGroup, to + a * row, channel);
   }
 };

@@ -28,7 +28,8 @@ struct WinogradKernels {
   // to[xi * to_stride + c] = (G g G^T)[xi], g[k] = taps[positions[k] + c], for every tap.
   void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
   // to[c * channel + a * row + b] = (A^T s A)[a][b], s[xi] = sums[xi * stride + c], for kGroup channels; and 0 for m <=
-  // b < 4, which the tile to the right overwrites.
+  // b < 4, which the tile to the right overwrites. Channels side by side (channel = 1) go to to[c + a * row + b *
+  // kGroup].
   void (*output)(const float* sums, int64_t stride, int64_t next, float* to, int64_t channel, int64_t row);
 };
 

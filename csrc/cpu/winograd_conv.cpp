@@ -113,6 +113,7 @@ class Call {
     LargeBuffer own_tiles, own_weights, sums, lines;
     float* tiles;
     PlaneWriter writer;
+    GroupWriter groups;  // of a grouped result
     std::vector<float> line;
     std::vector<const float*> columns;  // of the phases of a line
   };
@@ -178,8 +179,9 @@ class Call {
                         Buffers& b) const;
   void multiply_chunk(const Chunk& chunk, int64_t tiles) const;
   void multiply_panel(const Chunk& chunk, int64_t tile, int64_t rows, const Ahead& ahead) const;
-  void transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const;
+  void transform_output(const Block& block, const float* sums, bool grouped, Buffers& b) const;
   void write_lines(const Block& block, int64_t channel, Buffers& b) const;
+  void write_groups(const Block& block, int64_t channel, Buffers& b) const;
 
   bool by_threads() const { return transforming_ == Transforming::kByThreads; }
   int64_t panels(int64_t tiles) const { return ceil_div(tiles, kPanelRows); }
@@ -191,7 +193,8 @@ class Call {
   // [product, tile, joined phases, slabs]
   int64_t sum_row() const { return joined_ * blocking_.slabs * slab_ + kCacheLine; }
   int64_t sum_product() const { return most_tiles() * sum_row() + kCacheLine; }
-  // [phase, kGroup, line of tiles, m, columns of tiles, m]; a line's last tile is written as four columns.
+  // [phase, kGroup, line of tiles, m, columns of tiles, m]; a line's last tile is written as four columns. For a
+  // grouped result the channels come last.
   int64_t line_row() const { return blocking_.columns * plan_.m + 4 - plan_.m; }
   int64_t line_channel() const { return blocking_.lines * plan_.m * line_row() + kCacheLine; }
 
@@ -227,6 +230,7 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
               .lines = LargeBuffer(phases_ * kGroup * line_channel()),
               .tiles = b.own_tiles.get(),
               .writer = PlaneWriter(result),
+              .groups = GroupWriter(result),
               .line = std::vector<float>(conv_.w_out),
               .columns = std::vector<const float*>(phases_)};
     int64_t transformed = -1;
@@ -243,7 +247,9 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
         const int64_t slab = group * blocking_.slabs, count = std::min(blocking_.slabs, slabs - slab);
         multiply(block, slab, count, b);
         for (int64_t c = 0; c < count * slab_ && slab * slab_ + c < conv_.c_out; c += kGroup) {
-          transform_output(block, slab * slab_ + c, b.sums.get() + c, b);
+          const int64_t channel = slab * slab_ + c;
+          transform_output(block, b.sums.get() + c, result.grouped, b);
+          result.grouped ? write_groups(block, channel, b) : write_lines(block, channel, b);
         }
       }
     }
@@ -405,8 +411,9 @@ void Call::multiply_panel(const Chunk& chunk, int64_t tile, int64_t rows, const 
   }
 }
 
-void Call::transform_output(const Block& block, int64_t channel, const float* sums, Buffers& b) const {
+void Call::transform_output(const Block& block, const float* sums, bool grouped, Buffers& b) const {
   float* lines = b.lines.get();
+  const int64_t pixel = grouped ? kGroup : 1, channel = grouped ? 1 : line_channel();
   for (int64_t p = 0; p < phases_; ++p) {
     const auto& form = plan_.forms[plan_.phases[p].form];
     const int64_t product = plan_.phases[p - p % joined_].first_product / joined_;
@@ -416,18 +423,17 @@ void Call::transform_output(const Block& block, int64_t channel, const float* su
     for (int64_t l = 0; l < block.lines; ++l) {
       for (int64_t c = 0; c < block.columns; ++c) {
         const float* const from = of_phase + (l * block.columns + c) * sum_row();
-        float* const to = lines + l * plan_.m * line_row() + c * plan_.m;
+        float* const to = lines + (l * plan_.m * line_row() + c * plan_.m) * pixel;
         if (whole) {
-          whole->output(reinterpret_cast<const int32_t*>(from), sum_product(), sum_row(), to, line_channel(),
-                        line_row());
+          whole->output(reinterpret_cast<const int32_t*>(from), sum_product(), sum_row(), to, channel,
+                        pixel * line_row());
         } else {
-          floats->output(from, sum_product(), sum_row(), to, line_channel(), line_row());
+          floats->output(from, sum_product(), sum_row(), to, channel, pixel * line_row());
         }
       }
     }
     lines += kGroup * line_channel();
   }
-  write_lines(block, channel, b);
 }
 
 void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
@@ -468,6 +474,28 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
       }
     });
   }
+}
+
+void Call::write_groups(const Block& block, int64_t channel, Buffers& b) const {
+  const int64_t stride = conv_.out_stride, m = plan_.m, x = block.column * m * stride;
+  const bool last = block.column + block.columns == plan_.tiles_w;
+  const int64_t pixels = last ? conv_.w_out - x : block.columns * m * stride;
+  for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
+    for (int64_t l = 0; l < count; ++l) {
+      for (int64_t phase = 0; phase < phases_; ++phase) {
+        const int64_t column = conv_.phases[phase].column;
+        for (int64_t a = 0; a < m; ++a) {
+          const int64_t base = (row + l) * m + plan_.phases[phase].shift_y + a;
+          const int64_t y = base * stride + conv_.phases[phase].row;
+          if (base < 0 || y >= conv_.h_out) continue;
+          const float* const from = b.lines.get() + phase * kGroup * line_channel() +
+                                    (((done + l) * m + a) * line_row() - plan_.phases[phase].shift_x) * kGroup;
+          b.groups.write(sample, channel, y * conv_.w_out + x + column, stride, ceil_div(pixels - column, stride), from,
+                         kGroup);
+        }
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -127,7 +127,7 @@ void WordImage<T>::load_row(const ScaledImage& x, const Quantization& quantizati
     const float* const from = x.data + sample * x.stride_n + channel * x.stride_c + line * x.stride_h;
     const auto gather = [&](int64_t column, int64_t place, int64_t pixels) {
       ChannelLine of_pixels{.from = from + column * x.stride_w,
-                            .channel = x.stride_c,
+                            .channel = x.in_group,
                             .pixel = x.stride_w,
                             .channels = channels,
                             .pixels = pixels,

@@ -17,7 +17,7 @@ from fastgan.infer import nodes
 from fastgan.infer.capture import constant_of
 from fastgan.infer.memory import ALIGNMENT
 from fastgan.infer.nodes import is_a, shape_of
-from fastgan.infer.plan import Program, Slot, Step, View
+from fastgan.infer.plan import Program, Slot, Step, View, lies_inside
 from fastgan.ops import _into
 
 
@@ -106,8 +106,7 @@ class _Values:
             if step is None or not _can_hand_on(step):
                 return []
             of_part = planned.get(step.slot)
-            inside = of_part and of_part.span is view.span
-            if not inside or of_part.start != view.start + 4 * first * math.prod(shape_of(part)[2:]):
+            if of_part is None or not lies_inside(of_part, view, first):
                 return []
             makers.append((step, first))
             first += shape_of(part)[1]

@@ -80,6 +80,11 @@ class View:
         return self.span.offset + self.start
 
 
+def lies_inside(part: View, whole: View, first: int) -> bool:
+    """Whether a value is where a concatenation has its channels from ``first`` on."""
+    return part.span is whole.span and part.start == whole.start + 4 * first * math.prod(whole.shape[2:])
+
+
 @dataclass
 class Program:
     """Everything that a call needs; shared by all callers.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgan.infer.byte_images import Handover, handovers
 from fastgan.infer.functional import Functional
+from fastgan.infer.grouped_images import grouped_images
 from fastgan.infer.plan import Program, Slot, Step, View, Watch
 from fastgan.ops import _into
 
@@ -76,7 +77,7 @@ class Workspace:
         self.planned = {*(view.slot for view in program.views), *program.results}
         self.calls = [self._prepared(step) for step in program.steps]
         self.recording = _into.Recording()
-        self.stretches = self._stretches(self._with_bytes(self.calls))
+        self.stretches = self._stretches(self._with_groups(self._with_bytes(self.calls)))
         made = {slot for stretch in self.stretches for slot in stretch.results}
         self.first_results = [slot for slot in program.results if slot not in made]
         self.only_recorded = all(stretch.call is None for stretch in self.stretches) and not program.borrowed
@@ -112,6 +113,14 @@ class Workspace:
         roundings = [[k[name] for k in readers] for name in ("step", "low", "high")]
         x = handover.x and handover.x.whole(memory)
         return replace(call, args=[*call.args[:-6], x, images, *roundings, out])
+
+    def _with_groups(self, calls: list[Call]) -> list[Call]:
+        """The same with what :mod:`fastgan.infer.grouped_images` finds: steps that are watched have planes."""
+        found = grouped_images(self.program)
+        return [
+            replace(call, args=[*call.args, *found[call.step.slot]]) if call.step.slot in found else call
+            for call in calls
+        ]
 
     def _stretches(self, calls: list[Call]) -> list[Stretch]:
         found: list[Stretch] = []

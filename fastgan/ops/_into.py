@@ -36,21 +36,24 @@ _GEOMETRY = (
 )
 _EPILOGUE = "str act, float alpha, float gain, float? clamp, float residual_gain"
 _BYTES = "Tensor(b!)? x_bytes, Tensor(c!)[] byte_images, float[] steps, int[] lows, int[] highs"
+_GROUPED = "bool x_grouped=False, bool y_grouped=False"
 _SHIFTS = "Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? residual"
 
 for schema in (
     f"_scaled_conv2d_into(Tensor x, Tensor weight, Tensor? in_scale, Tensor? out_scale, {_SHIFTS}, {_GEOMETRY},"
-    f" bool rectify, str algorithm, int tile, str storage, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    f" bool rectify, str algorithm, int tile, str storage, {_EPILOGUE}, Tensor(a!) out, {_GROUPED}) -> ()",
     f"_epilogue_into(Tensor x, Tensor? out_scale, {_SHIFTS}, {_EPILOGUE}, Tensor(a!) out) -> ()",
     "_norm_act_into(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act, float alpha,"
     " float gain, float residual_gain, Tensor(a!) out) -> ()",
     f"_upfirdn2d_into(Tensor x, Tensor? f, {_SHIFTS}, int[2] up, int[2] down, int[4] padding, bool flip_filter,"
-    f" float fir_gain, {_EPILOGUE}, Tensor(a!) out) -> ()",
+    f" float fir_gain, {_EPILOGUE}, Tensor(a!) out, {_GROUPED}) -> ()",
     "_dense_block_into(Tensor x, Tensor[] weights, Tensor[] biases, str act, float alpha, float gain,"
     " float residual_scale, str precision, Tensor(a!) out) -> ()",
     "_quantized_conv2d_into(Tensor x, Tensor weight, Tensor weight_scale, Tensor? in_scale, Tensor? out_scale,"
     " float step, int low, int high,"
     f" {_SHIFTS}, {_GEOMETRY}, int tile, {_EPILOGUE}, {_BYTES}, Tensor(a!) out) -> ()",
+    f"_grouped_images(Tensor x, Tensor weight, {_GEOMETRY}, str algorithm, int tile) -> int[]",
+    "_grouped_filter(Tensor? f, int[2] up, int[2] down) -> bool",
     f"_byte_layout(Tensor x, Tensor weight, {_GEOMETRY}) -> int[]",
     f"_quantized_tiles(Tensor x, Tensor weight, {_GEOMETRY}) -> str",
     f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
@@ -70,6 +73,7 @@ epilogue_into = torch.ops.fastgan._epilogue_into.default
 norm_act_into = torch.ops.fastgan._norm_act_into.default
 upfirdn2d_into = torch.ops.fastgan._upfirdn2d_into.default
 dense_block_into = torch.ops.fastgan._dense_block_into.default
+grouped_filter = torch.ops.fastgan._grouped_filter.default
 byte_layout = torch.ops.fastgan._byte_layout.default
 _run_recorded = torch.ops.fastgan._run_recorded.default
 # Those that only write into what they are given.
@@ -116,6 +120,12 @@ class Recording:
             The new ones.
         """
         return _run_recorded(self._memory, self._number, first, count, values, places, sizes)
+
+
+def grouped_images(*args) -> tuple[bool, bool]:
+    """Whether x, and whether the result of a call of ``_scaled_conv2d_into`` without a residual may be grouped."""
+    x, y = torch.ops.fastgan._grouped_images.default(*args)
+    return bool(x), bool(y)
 
 
 def convolution_candidates(*args) -> list[tuple[str, int, float]]:
