@@ -20,6 +20,7 @@ namespace fastgan {
 namespace {
 
 constexpr int64_t kMostOutputs = 8, kLeastInputs = 9;
+constexpr int64_t kFewRows = 3;
 constexpr int64_t kMostRows = 512;  // products of one line that stay in the second-level cache
 // Of y, at least, and tasks of a thread, about: few lines are reached by lines that other tasks read too.
 constexpr int64_t kTaskLines = 16, kTasks = 4;
@@ -45,7 +46,7 @@ struct Axis {
 };
 
 // Registers of one product times lanes: rows of up to three take twice as many (product.cpp).
-int64_t slab_size(int64_t rows) { return product_lanes() * product_vectors() * (rows > 3 ? 1 : 2); }
+int64_t slab_size(int64_t rows) { return product_lanes() * product_vectors() * (rows > kFewRows ? 1 : 2); }
 
 // Pixels of one line of one channel to slabs `to_step` apart, with 0 behind the last.
 struct SlabLine {
@@ -292,8 +293,9 @@ bool few_outputs_takes(const Tensor& x, const Tensor& weight, const ConvGeometry
   if (!g.transposed && (g.stride[0] != 1 || g.stride[1] != 1)) return false;
   const int64_t c_out = weight.size(g.transposed ? 1 : 0), rows = weight.numel() / x.size(1);
   if (c_out > kMostOutputs || x.size(1) < kLeastInputs || rows > kMostRows) return false;
-  const int64_t width = x.size(3);
-  return 4 * round_up(width, slab_size(rows)) <= 5 * width;
+  // What is multiplied behind the end of a line costs little of so few products.
+  const int64_t width = x.size(3), most = rows <= kFewRows ? 3 * width : 5 * width / 4;
+  return round_up(width, slab_size(rows)) <= most;
 }
 
 void few_outputs_conv(const Tensor& x, const Tensor& weight, const ScaledImage& image, const ConvGeometry& g,
