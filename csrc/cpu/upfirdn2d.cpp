@@ -441,15 +441,11 @@ Tensor upfirdn2d(const Tensor& x, const std::optional<Tensor>& f, const std::opt
 }
 
 // Whether x and the result may be grouped (image.h), of whole groups of channels and without a residual.
-bool takes_grouped(const std::optional<Tensor>& f, const std::vector<int64_t>& up, const std::vector<int64_t>& down) {
+bool takes_grouped(const Tensor& f, std::vector<int64_t> up, std::vector<int64_t> down) {
   const Filter<float> filter(f, false, 1.0f);
   const auto is_one = [](int64_t stride) { return stride == 1; };
   return filter.separable && std::max(filter.along_x.size(), filter.along_y.size()) <= GroupedFir::kTaps &&
          std::ranges::all_of(up, is_one) && std::ranges::all_of(down, is_one);
-}
-
-bool grouped_filter(const std::optional<Tensor>& f, std::vector<int64_t> up, std::vector<int64_t> down) {
-  return takes_grouped(f, up, down);
 }
 
 // upfirdn2d of float32 in NCHW, or grouped, into `out`.
@@ -466,7 +462,7 @@ void upfirdn2d_into(const Tensor& x, const std::optional<Tensor>& f, const std::
                               alpha,        gain,     clamp.value_or(std::numeric_limits<double>::infinity()),
                               residual_gain};
   if (!x_grouped && !y_grouped) return filter_into(x, f, settings, epilogue, false, out);
-  STD_TORCH_CHECK(x_grouped && y_grouped && !residual && x.size(1) % kGroup == 0 && takes_grouped(f, up, down),
+  STD_TORCH_CHECK(x_grouped && y_grouped && !residual && x.size(1) % kGroup == 0 && f && takes_grouped(*f, up, down),
                   "_upfirdn2d_into: both images are grouped, of a small separable filter and without a residual, or "
                   "none is");
   const Filter<float> filter(f, flip_filter, static_cast<float>(fir_gain));
@@ -489,7 +485,7 @@ void upfirdn2d_into(const Tensor& x, const std::optional<Tensor>& f, const std::
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d));
-  m.impl("_grouped_filter", TORCH_BOX(&grouped_filter));
+  m.impl("_grouped_filter", TORCH_BOX(&takes_grouped));
   m.impl("_upfirdn2d_into", TORCH_BOX(&Recordable<&upfirdn2d_into>::call));
 }
 

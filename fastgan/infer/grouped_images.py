@@ -66,15 +66,17 @@ class _Values:
         return all(user in found if is_a(user, nodes.concatenate) else self._reads(user, value) for user in value.users)
 
     def _reads(self, user: fx.Node, value: fx.Node) -> bool:
-        return user in self.steps and self._takes[user][0] and user.all_input_nodes.count(value) == 1
+        """Whether it does as its x, and as nothing else."""
+        values = [v for v in user.kwargs.values() if v is value]
+        return user in self.steps and self._takes[user][0] and values == [user.kwargs["x"]]
 
 
 def _may_take(step: Step) -> tuple[bool, bool]:
     """Whether a step can read its x, and make its value, in groups."""
     k = step.node.kwargs
     if step.kernel is _into.upfirdn2d_into:
-        whole = k.get("residual") is None and shape_of(k["x"])[1] % _GROUP == 0
-        takes = whole and _into.grouped_filter(constant_of(k.get("f")), k.get("up", (1, 1)), k.get("down", (1, 1)))
+        f, whole = constant_of(k.get("f")), k.get("residual") is None and shape_of(k["x"])[1] % _GROUP == 0
+        takes = f is not None and whole and _into.grouped_filter(f, k.get("up", (1, 1)), k.get("down", (1, 1)))
         return takes, takes
     weight = constant_of(k.get("weight"))
     if step.kernel is not _into.scaled_conv2d_into or step.choice is None or weight is None:

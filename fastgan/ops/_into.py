@@ -53,7 +53,7 @@ for schema in (
     " float step, int low, int high,"
     f" {_SHIFTS}, {_GEOMETRY}, int tile, {_EPILOGUE}, {_BYTES}, Tensor(a!) out) -> ()",
     f"_grouped_images(Tensor x, Tensor weight, {_GEOMETRY}, str algorithm, int tile) -> int[]",
-    "_grouped_filter(Tensor? f, int[2] up, int[2] down) -> bool",
+    "_grouped_filter(Tensor f, int[2] up, int[2] down) -> bool",
     f"_byte_layout(Tensor x, Tensor weight, {_GEOMETRY}) -> int[]",
     f"_quantized_tiles(Tensor x, Tensor weight, {_GEOMETRY}) -> str",
     f"_convolution_candidates(Tensor x, Tensor weight, {_GEOMETRY}, str precision) -> str",
