@@ -37,6 +37,7 @@ OPS = (
     *("minibatch_stddev", "modulated_conv2d", "modulated_conv2d_module", "norm_act", "norm_act_kernel", "patch_loss"),
     *("pixel_norm", "scaled_conv2d", "spectral_sigma", "upfirdn2d", "vector_math", "weight_energy"),
     *("kept_weights", "weight_energy_cache", "packed_direct", "infer", "infer_bf16", "infer_int8"),
+    *("infer_byte_images", "infer_grouped_images"),
 )
 # The exit status of a process that a report ended; pytest's own are 0 to 5.
 REPORTED = 86

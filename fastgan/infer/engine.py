@@ -320,8 +320,8 @@ class FastGenerator(nn.Module):
     def profile(self, *args: Any, rounds: int = 10, **kwargs: Any) -> Report:
         """The report with every step's measured time: medians of ``rounds`` calls with these arguments.
 
-        Steps are watched one by one, so they take longer than in a call: Python is between them, and convolutions in 8
-        bits leave floats behind, not bytes.
+        Steps are watched one by one, so they take longer than in a call: Python is between them, and they leave floats
+        in planes behind, not bytes or groups of channels.
         """
         inputs, times = self._arguments.inputs(args, kwargs), [[] for _ in self.program.steps]
         last = 0.0
