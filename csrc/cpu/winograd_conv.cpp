@@ -290,12 +290,19 @@ void Call::transform_line(const WinogradPlan::Form& form, const float* corner, i
   const int64_t row = plan_.stride * row_stride, column = plan_.stride * kGroup, value = tile_value();
   const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
   const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
-  for (int64_t tile = tiles.first; tile < tiles.first + tiles.count; ++tile, corner += plan_.m * column) {
-    float* const at = to + tile / kPanelRows * kPanelSize + tile % kPanelRows * kPanelStride;
+  const int64_t step = plan_.m * column;
+  int64_t place = tiles.first % kPanelRows;  // in its panel
+  float* at = to + tiles.first / kPanelRows * kPanelSize + place * kPanelStride;
+  for (int64_t i = 0; i < tiles.count; ++i, corner += step) {
     if (whole) {
       whole->input(corner, row, column, vectors, reinterpret_cast<int16_t*>(at), 2 * value, 2 * kPanelStride);
     } else {
       floats->input(corner, row, column, vectors, at, value, kPanelStride);
+    }
+    at += kPanelStride;
+    if (++place == kPanelRows) {
+      at += kPanelSize - kPanelRows * kPanelStride;
+      place = 0;
     }
   }
 }
@@ -414,21 +421,20 @@ void Call::multiply_panel(const Chunk& chunk, int64_t tile, int64_t rows, const 
 void Call::transform_output(const Block& block, const float* sums, bool grouped, Buffers& b) const {
   float* lines = b.lines.get();
   const int64_t pixel = grouped ? kGroup : 1, channel = grouped ? 1 : line_channel();
+  const int64_t tile = sum_row(), value = sum_product(), row = pixel * line_row(), step = pixel * plan_.m;
   for (int64_t p = 0; p < phases_; ++p) {
     const auto& form = plan_.forms[plan_.phases[p].form];
     const int64_t product = plan_.phases[p - p % joined_].first_product / joined_;
-    const float* const of_phase = sums + product * sum_product() + p % joined_ * slab_;
+    const float* from = sums + product * value + p % joined_ * slab_;
     const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
     const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
     for (int64_t l = 0; l < block.lines; ++l) {
-      for (int64_t c = 0; c < block.columns; ++c) {
-        const float* const from = of_phase + (l * block.columns + c) * sum_row();
-        float* const to = lines + (l * plan_.m * line_row() + c * plan_.m) * pixel;
+      float* to = lines + l * plan_.m * row;
+      for (int64_t c = 0; c < block.columns; ++c, from += tile, to += step) {
         if (whole) {
-          whole->output(reinterpret_cast<const int32_t*>(from), sum_product(), sum_row(), to, channel,
-                        pixel * line_row());
+          whole->output(reinterpret_cast<const int32_t*>(from), value, tile, to, channel, row);
         } else {
-          floats->output(from, sum_product(), sum_row(), to, channel, pixel * line_row());
+          floats->output(from, value, tile, to, channel, row);
         }
       }
     }
