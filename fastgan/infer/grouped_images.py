@@ -1,7 +1,7 @@
-"""Values that go from one convolution or filter to the next in groups of 16 channels side by side: [N, C / 16, H, W, 16].
+"""Values that go from one convolution or filter to the next in groups of 16 channels: [N, C / 16, H, W, 16].
 
-Their kernels hold channels in registers, so between two of them planes are laid out for nobody. A value takes the memory
-that it has in planes, and a part of a concatenation lies where it would: the plan stays as it is.
+Their kernels hold channels in registers, so between two of them planes are laid out for nobody. A value takes the
+memory that it has in planes, and a part of a concatenation lies where it would: the plan stays as it is.
 """
 
 from __future__ import annotations

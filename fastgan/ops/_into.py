@@ -9,6 +9,10 @@ in_scale * x count as 0. ``_convolution_candidates`` says which can serve a call
 ms", the one to choose first, which of a frozen weight (kept_weights.h) may be another one than ``scaled_conv2d``
 chooses.
 
+A grouped image has 16 channels of each pixel side by side, [N, C / 16, H, W, 16], in a tensor that tells only its
+sizes, [N, C, H, W]: ``x_grouped`` and ``y_grouped`` say which is, x or ``out``. ``_grouped_images`` says which of a
+call's two can be, without a residual, by that algorithm; ``_grouped_filter`` whether both of ``_upfirdn2d_into`` can.
+
 ``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high
 at most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its
 values; sums are exact, everything behind them is float32. Of one sample it hands results on as the next such
