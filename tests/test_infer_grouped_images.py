@@ -224,6 +224,36 @@ def test_values_are_handed_on_between_layers(seen: str, reading: set[str], makin
     check_against_planes(fast, x)
 
 
+class Filtered(nn.Module):
+    """A convolution, a filter, and a convolution or something else behind it."""
+
+    def __init__(self, last: nn.Module, *, direct: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.direct = nn.Conv2d(16, 32, 3, padding=1), last, direct
+        self.register_buffer("f", fir())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(upfirdn2d(x if self.direct else F.relu(self.first(x)), self.f, padding=(1, 2, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("last", "direct", "count"),
+    [
+        pytest.param(nn.Conv2d(32, 32, 3), False, 2, id="a convolution"),
+        pytest.param(nn.InstanceNorm2d(32), False, 0, id="a norm"),
+        pytest.param(nn.Identity(), False, 0, id="nothing"),
+        pytest.param(nn.Conv2d(16, 32, 3), True, 0, id="in front of all"),
+    ],
+)
+def test_both_images_of_a_filter_are_grouped_or_none(last: nn.Module, direct: bool, count: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 40, 40)
+    fast = infer.optimize(Filtered(last, direct=direct).eval(), (x,))
+    reading, making = names_of(fast)
+    assert len(reading) == len(making) == count
+    check_against_planes(fast, x)
+
+
 def test_a_unet_and_a_stylegan2() -> None:
     """Of the U-Net every image but those that the first layer makes, or a part of; of the StyleGAN2 what convolutions,
     filters and to-RGB layers read."""

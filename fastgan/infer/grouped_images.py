@@ -54,7 +54,8 @@ class _Values:
 
     def _is_made(self, value: fx.Node, found: set[fx.Node]) -> bool:
         if not is_a(value, nodes.concatenate):
-            return value in self.steps and self._takes[value][1]
+            made = value in self.steps and self._takes[value][1]
+            return made and (value.kwargs["x"] in found or not is_a(value, nodes.fir))
         first = 0
         for part in value.kwargs["tensors"]:
             if part not in found or not lies_inside(self.views[part], self.views[value], first):
@@ -63,7 +64,10 @@ class _Values:
         return True
 
     def _is_read(self, value: fx.Node, found: set[fx.Node]) -> bool:
-        return all(user in found if is_a(user, nodes.concatenate) else self._reads(user, value) for user in value.users)
+        """A filter's two images are grouped, or none is."""
+        whole = [user for user in value.users if is_a(user, nodes.concatenate, nodes.fir)]
+        others = [user for user in value.users if not is_a(user, nodes.concatenate)]
+        return found.issuperset(whole) and all(self._reads(user, value) for user in others)
 
     def _reads(self, user: fx.Node, value: fx.Node) -> bool:
         """Whether it does as its x, and as nothing else."""
