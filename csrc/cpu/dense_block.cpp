@@ -6,6 +6,7 @@
 #include "conv_choice.h"
 #include "empty.h"
 #include "epilogue.h"
+#include "large_buffer.h"
 #include "recorded_calls.h"
 #include "winograd_conv.h"
 
@@ -18,6 +19,14 @@ int64_t dense_block_tile(Tensor x, std::vector<Tensor> weights, std::string prec
   return growing_tile(x, weights, kSame, asks_for_high("dense_block", precision));
 }
 
+// A contiguous image like x, of so many channels, in memory that somebody else owns.
+Tensor image_at(float* data, const Tensor& x, int64_t channels) {
+  const int64_t h = x.size(2), w = x.size(3);
+  const std::vector<int64_t> sizes{x.size(0), channels, h, w}, strides{channels * h * w, h * w, w, 1};
+  return torch::stable::from_blob(data, {sizes.data(), sizes.size()}, {strides.data(), strides.size()}, x.device(),
+                                  ScalarType::Float);
+}
+
 void run_dense_block(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, Act act,
                      double alpha, double gain, double residual_scale, const std::string& precision,
                      const Tensor& out) {
@@ -25,6 +34,12 @@ void run_dense_block(const Tensor& x, const std::vector<Tensor>& weights, const 
   STD_TORCH_CHECK(tile, "dense_block: this op takes what _dense_block_tile has a tile for");
   const Tensor residual = in_layout(x, false);
   GrowingTiles tiles{.most = weights.back().size(1)};
+  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
+  int64_t channels = 0;
+  for (size_t i = 0; i + 1 < weights.size(); ++i) channels += weights[i].size(0);
+  // Not tensors: what torch asks malloc for, aligned, it does not find again, and the heap grows with every call.
+  const LargeBuffer between(channels * pixels);
+  float* next = between.get();
   Tensor features = x;
   for (size_t i = 0; i < weights.size(); ++i) {
     const bool last = i + 1 == weights.size();
@@ -38,11 +53,11 @@ void run_dense_block(const Tensor& x, const std::vector<Tensor>& weights, const 
                             last ? residual_scale : gain,
                             std::numeric_limits<double>::infinity(),
                             1.0};
-    const std::vector<int64_t> size{x.size(0), weights[i].size(0), x.size(2), x.size(3)};
-    const Tensor y = last ? out : empty_dense({size.data(), size.size()}, ScalarType::Float, false);
+    const Tensor y = last ? out : image_at(next, x, weights[i].size(0));
     count_call(Algorithm::kWinograd);
     growing_winograd_conv(features, weights[i], kSame, tile, tiles, PlanarResult(args, y, nullptr));
     features = y;
+    next += weights[i].size(0) * pixels;
   }
 }
 
