@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantized import convolve, geometry, layer
+from skips import Skips
 from torch import Tensor, nn
 
 from bench.generators import UNet256, randomize
@@ -167,30 +168,10 @@ def names_of(fast: infer.FastGenerator) -> tuple[set[str], set[str]]:
     return reading, {name for name, handover in steps if handover and handover.results}
 
 
-class Skips(nn.Module):
-    """A value that two layers read, one of them beside another value, and a value that torch reads too."""
-
-    def __init__(self, *, seen: bool = False) -> None:
-        super().__init__()
-        self.seen = seen
-        self.first, self.second = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 4, 2, 1)
-        self.third, self.up = nn.Conv2d(32, 64, 3, padding=1), nn.ConvTranspose2d(64, 48, 4, 2, 1)
-        self.joined, self.last = nn.Conv2d(80, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        one = F.relu(self.first(x))
-        two = F.leaky_relu(self.second(one), 0.2)
-        up = F.relu(self.up(F.relu(self.third(two))))
-        y = self.joined(torch.cat([one, up], 1))
-        if self.seen:
-            y = y + torch.flip(up, [3])[:, :32]
-        return self.last(F.relu(y))
-
-
-def skips(*, seen: bool = False) -> tuple[infer.FastGenerator, Tensor]:
+def skips(seen: str = "") -> tuple[infer.FastGenerator, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(1, 32, 48, 48)
-    return int8_engine(Skips(seen=seen).eval(), x), x
+    return int8_engine(Skips(seen).eval(), x), x
 
 
 @pytest.mark.usefixtures("without_tiles")
@@ -207,7 +188,7 @@ def test_values_are_handed_on_between_layers() -> None:
 @pytest.mark.usefixtures("without_tiles")
 def test_what_torch_reads_too_stays_floats() -> None:
     """And with it what is read beside it."""
-    fast, x = skips(seen=True)
+    fast, x = skips("torch")
     reading, writing = names_of(fast)
     assert reading.isdisjoint({"second", "joined"})
     assert writing.isdisjoint({"first", "up"})
