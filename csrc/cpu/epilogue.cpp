@@ -1,5 +1,7 @@
 #include "epilogue.h"
 
+#include "simd.h"
+
 namespace fastgan {
 namespace {
 
@@ -52,16 +54,18 @@ FASTGAN_INLINE void rows_loop(const EpilogueRows& rows) {
   }
 }
 
-template <Act A, bool kNoise>
+template <Act A, bool kNoise, bool kStream>
 FASTGAN_INLINE void group_loop(const EpilogueGroup& g) {
   const float alpha = g.alpha, gain = g.gain, clamp = g.clamp, strength = g.strength;
   const float* __restrict__ const scale = g.scale, * __restrict__ const shift = g.shift;
   const int64_t n = g.n, stride = g.stride, step = g.step, ahead = g.ahead;
   for (int64_t p = 0; p < n; ++p) {
     const float* __restrict__ const c = g.c + p * stride;
-    float* __restrict__ const y = g.y + p * step * kGroup;
+    float* const pixel = g.y + p * step * kGroup;
+    alignas(64) float line[kGroup];
+    float* __restrict__ const y = kStream ? line : pixel;
     const float plus = kNoise ? strength * g.noise[p * step] : 0.0f;
-    __builtin_prefetch(y + ahead, 1);
+    if constexpr (!kStream) __builtin_prefetch(pixel + ahead, 1);
 #pragma omp simd
     for (int64_t i = 0; i < kGroup; ++i) {
       float z = c[i] * scale[i] + shift[i];
@@ -69,6 +73,7 @@ FASTGAN_INLINE void group_loop(const EpilogueGroup& g) {
       const float v = act_value<A>(z, alpha) * gain;
       y[i] = v > clamp ? clamp : (v < -clamp ? -clamp : v);
     }
+    if constexpr (kStream) stream_line(line, pixel);
   }
 }
 
@@ -101,10 +106,10 @@ FASTGAN_MULTIVERSION void epilogue_rows(const EpilogueRows& rows) {
 
 FASTGAN_MULTIVERSION void epilogue_group(const EpilogueGroup& g) {
   dispatch_act(g.act, [&]<Act A>() FASTGAN_LAMBDA_INLINE {
-    if (g.noise) {
-      group_loop<A, true>(g);
+    if (g.stream) {
+      g.noise ? group_loop<A, true, true>(g) : group_loop<A, false, true>(g);
     } else {
-      group_loop<A, false>(g);
+      g.noise ? group_loop<A, true, false>(g) : group_loop<A, false, false>(g);
     }
   });
 }

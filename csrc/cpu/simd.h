@@ -72,4 +72,22 @@ FASTGAN_INLINE void store(const V& v, C* to) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Stores 16 floats, to a whole cache line, past the caches: its old values are not read, and what lies in the caches
+// stays there. Other threads see such lines after finish_streams().
+FASTGAN_INLINE void stream_line(const float* from, float* to) {
+#if defined(FASTGAN_AVX2)
+  using V = register_t<float, 16>;
+  FASTGAN_UNROLL
+  for (int64_t i = 0; i < 16; i += kLanes<V>) __builtin_ia32_movntps(to + i, load<V>(from + i));
+#else
+  std::memcpy(to, from, 16 * sizeof(float));
+#endif
+}
+
+inline void finish_streams() {
+#if defined(FASTGAN_AVX2)
+  __builtin_ia32_sfence();
+#endif
+}
+
 }  // namespace fastgan

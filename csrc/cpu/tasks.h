@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common.h"
+#include "simd.h"
 
 namespace fastgan {
 
@@ -57,7 +58,10 @@ void share_tasks(int64_t count, const F& f) {
   for (int64_t t = 0; t < threads; ++t) {
     ranges[t].left = Tasks::Range::packed(count * t / threads, count * (t + 1) / threads);
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { f(Tasks(ranges, thread)); });
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    f(Tasks(ranges, thread));
+    finish_streams();
+  });
 }
 
 }  // namespace fastgan
