@@ -138,18 +138,29 @@ FASTGAN_INLINE void store_floats(const V& values, int16_t* to) {
   store(__builtin_convertvector(whole, register_t<int16_t, sizeof(V) / 2>), to);
 }
 
-// to = down values across^T, for every register of channels; at(i, j) are the values, to(i, j) where those of the
-// result go.
-template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename At, typename To>
+// Values that lie `row` and `column` apart.
+template <typename V, typename T>
+struct Grid {
+  const T* from;
+  int64_t row, column;
+
+  FASTGAN_INLINE V operator()(int i, int j, int64_t v) const {
+    return load_floats<V>(from + i * row + j * column + v * kLanes<V>);
+  }
+};
+
+// to = down values across^T, for every register of channels; value(i, j, register) are the values, to(i, j) where those
+// of the result go.
+template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename Value, typename To>
 FASTGAN_INLINE void transform_to(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across,
-                                 At&& at, int64_t vectors, To&& to) {
+                                 Value&& value, int64_t vectors, To&& to) {
   for (int64_t v = 0; v < vectors; ++v) {
     V half[kDownRows * kAcross];
     FASTGAN_UNROLL
     for (int j = 0; j < kAcross; ++j) {
       V column[kDown];
       FASTGAN_UNROLL
-      for (int i = 0; i < kDown; ++i) column[i] = load_floats<V>(at(i, j) + v * kLanes<V>);
+      for (int i = 0; i < kDown; ++i) column[i] = value(i, j, v);
       multiply(down, column, 1, half + j, kAcross);
     }
     FASTGAN_UNROLL
@@ -163,10 +174,10 @@ FASTGAN_INLINE void transform_to(const Matrix<kDownRows, kDown>& down, const Mat
 }
 
 // The same to one value behind the other.
-template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename At, typename To>
-FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across, At&& at,
-                              int64_t vectors, To* to, int64_t to_stride) {
-  transform_to<V>(down, across, at, vectors,
+template <typename V, int kDownRows, int kDown, int kAcrossRows, int kAcross, typename Value, typename To>
+FASTGAN_INLINE void transform(const Matrix<kDownRows, kDown>& down, const Matrix<kAcrossRows, kAcross>& across,
+                              Value&& value, int64_t vectors, To* to, int64_t to_stride) {
+  transform_to<V>(down, across, value, vectors,
                   [=](int i, int j) FASTGAN_LAMBDA_INLINE { return to + (i * kAcrossRows + j) * to_stride; });
 }
 
@@ -194,36 +205,34 @@ FASTGAN_INLINE void spread_channels(const float* from, float* to, int64_t channe
 template <typename V, int M, typename Down, typename Across>
 struct Transforms {
   template <typename To>
-  FASTGAN_INLINE static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, To* to,
-                                   int64_t to_stride, int64_t next) {
+  FASTGAN_INLINE static void input(const float* patch, int64_t row, int64_t column, const float* scale, int64_t vectors,
+                                   To* to, int64_t to_stride, int64_t next) {
     if (next) fetch_lines<std::size(Down::b.at) * std::size(Across::b.at), true>(to + next, to_stride);
-    transform<V>(
-        Down::b, Across::b, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return patch + i * row + j * column; }, vectors,
-        to, to_stride);
+    const Grid<V, float> values{patch, row, column};
+    if (!scale) return transform<V>(Down::b, Across::b, values, vectors, to, to_stride);
+    const auto scaled = [=](int i, int j, int64_t v)
+                            FASTGAN_LAMBDA_INLINE { return values(i, j, v) * load<V>(scale + v * kLanes<V>); };
+    transform<V>(Down::b, Across::b, scaled, vectors, to, to_stride);
   }
 
   FASTGAN_INLINE static void weight(const float* taps, const int64_t* positions, int64_t vectors, float* to,
                                     int64_t to_stride) {
     constexpr int kTaps = std::size(Across::g.at[0]);
-    transform<V>(
-        Down::g, Across::g, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return taps + positions[i * kTaps + j]; },
-        vectors, to, to_stride);
+    const auto value = [=](int i, int j, int64_t v)
+                           FASTGAN_LAMBDA_INLINE { return load<V>(taps + positions[i * kTaps + j] + v * kLanes<V>); };
+    transform<V>(Down::g, Across::g, value, vectors, to, to_stride);
   }
 
   FASTGAN_INLINE static void cotangent(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to,
                                        int64_t to_stride) {
     constexpr auto down = transposed(Down::a), across = transposed(Across::a);
-    transform<V>(
-        down, across, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return patch + i * row + j * column; }, vectors, to,
-        to_stride);
+    transform<V>(down, across, Grid<V, float>{patch, row, column}, vectors, to, to_stride);
   }
 
   FASTGAN_INLINE static void taps(const float* sums, int64_t row, int64_t column, int64_t vectors, float* to,
                                   int64_t to_stride) {
     constexpr auto down = transposed(Down::g), across = transposed(Across::g);
-    transform<V>(
-        down, across, [=](int i, int j) FASTGAN_LAMBDA_INLINE { return sums + i * row + j * column; }, vectors, to,
-        to_stride);
+    transform<V>(down, across, Grid<V, float>{sums, row, column}, vectors, to, to_stride);
   }
 
   template <typename Sum>
@@ -231,14 +240,14 @@ struct Transforms {
                                     int64_t row) {
     constexpr int kSums = std::size(Across::a.at[0]);
     if (next) fetch_lines<std::size(Down::a.at[0]) * kSums, false>(sums + next, stride);
-    const auto at = [=](int i, int j) FASTGAN_LAMBDA_INLINE { return sums + (i * kSums + j) * stride; };
+    const Grid<V, Sum> values{sums, kSums * stride, stride};
     if (channel == 1) {
-      transform_to<V>(Down::a, Across::a, at, kGroup / kLanes<V>,
+      transform_to<V>(Down::a, Across::a, values, kGroup / kLanes<V>,
                       [=](int i, int j) FASTGAN_LAMBDA_INLINE { return to + i * row + j * kGroup; });
       return;
     }
     alignas(64) float tile[M * M * kGroup];
-    transform<V>(Down::a, Across::a, at, kGroup / kLanes<V>, tile, kGroup);
+    transform<V>(Down::a, Across::a, values, kGroup / kLanes<V>, tile, kGroup);
     for (int a = 0; a < M; ++a) spread_channels<V, M>(tile + a * M * kGroup, to + a * row, channel);
   }
 };
@@ -248,9 +257,9 @@ struct Transforms {
   template <int M, typename Down, typename Across>                                                                   \
   struct name {                                                                                                      \
     using Of = Transforms<register_t<float, bytes>, M, Down, Across>;                                                \
-    target static void input(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t n, \
-                             int64_t next) {                                                                         \
-      Of::input(patch, row, column, vectors, to, n, next);                                                           \
+    target static void input(const float* patch, int64_t row, int64_t column, const float* scale, int64_t vectors,   \
+                             float* to, int64_t n, int64_t next) {                                                   \
+      Of::input(patch, row, column, scale, vectors, to, n, next);                                                    \
     }                                                                                                                \
     target static void weight(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t n) {  \
       Of::weight(taps, positions, vectors, to, n);                                                                   \
@@ -268,7 +277,7 @@ struct Transforms {
     }                                                                                                                \
     target static void whole_input(const float* patch, int64_t row, int64_t column, int64_t vectors, int16_t* to,    \
                                    int64_t n, int64_t next) {                                                        \
-      Of::input(patch, row, column, vectors, to, n, next);                                                           \
+      Of::input(patch, row, column, nullptr, vectors, to, n, next);                                                  \
     }                                                                                                                \
     target static void whole_output(const int32_t* sums, int64_t stride, int64_t next, float* to, int64_t channel,   \
                                     int64_t row) {                                                                   \

@@ -22,9 +22,10 @@ namespace fastgan {
 // A tile's values and sums are far apart, more than a processor foresees. Where `next` is not 0, those of the tile that
 // is transformed next, so far behind, are fetched meanwhile.
 struct WinogradKernels {
-  // to[xi * to_stride + c] = (B^T d B)[xi], d[i][j] = patch[i * row + j * column + c], of one tile.
-  void (*input)(const float* patch, int64_t row, int64_t column, int64_t vectors, float* to, int64_t to_stride,
-                int64_t next);
+  // to[xi * to_stride + c] = (B^T d B)[xi], d[i][j] = scale[c] * patch[i * row + j * column + c], of one tile; scale
+  // may be null.
+  void (*input)(const float* patch, int64_t row, int64_t column, const float* scale, int64_t vectors, float* to,
+                int64_t to_stride, int64_t next);
   // to[xi * to_stride + c] = (G g G^T)[xi], g[k] = taps[positions[k] + c], for every tap.
   void (*weight)(const float* taps, const int64_t* positions, int64_t vectors, float* to, int64_t to_stride);
   // to[c * channel + a * row + b] = (A^T s A)[a][b], s[xi] = sums[xi * stride + c], for kGroup channels; and 0 for m <=

@@ -16,12 +16,11 @@
 #include "tasks.h"
 #include "winograd.h"
 #include "winograd_blocking.h"
+#include "winograd_input.h"
 #include "winograd_weights.h"
 
 namespace fastgan {
 namespace {
-
-constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
 
 // What depends on sizes alone.
 struct Plans {
@@ -39,7 +38,6 @@ class Call {
       : conv_(plans.conv),
         quantization_(quantization),
         growing_(growing),
-        first_channel_(growing ? growing->channels : 0),
         plan_(plans.winograd),
         transforming_(transforming_of(plan_, weight, storage, !growing)),
         phases_(static_cast<int64_t>(plan_.phases.size())),
@@ -50,6 +48,7 @@ class Call {
         most_depth_(growing ? growing->most : plan_.depth / per_word_),
         blocking_(growing ? blocking_of_growing(conv_, taps_per_axis(conv_, weight.size(2)), plan_.m, slab_, *growing)
                           : blocking_of(conv_, plan_, transforming_, most_depth_, slab_)),
+        input_(conv_, plan_, quantization, growing ? growing->channels : 0, per_word_, most_depth_, most_tiles()),
         weights_(conv_, plan_, transforming_, blocking_.slabs, weight, g, storage) {}
 
   void run(const ScaledImage& x, const PlanarResult& result) const;
@@ -64,28 +63,6 @@ class Call {
     GroupWriter groups;  // of a grouped result
     std::vector<float> line;
     std::vector<const float*> columns;  // of the phases of a line
-  };
-
-  // Tiles of a block: lines of tiles, counted through all samples, and a stretch of each.
-  struct Block {
-    int64_t line, lines, column, columns;
-    int64_t tiles() const { return lines * columns; }
-  };
-
-  // Calls f(sample, row of tiles, lines, line from the block's first) for the samples that a block's lines are of.
-  template <typename F>
-  void for_samples(const Block& block, F&& f) const {
-    for (int64_t done = 0; done < block.lines;) {
-      const int64_t row = (block.line + done) % plan_.tiles_h;
-      const int64_t count = std::min(block.lines - done, plan_.tiles_h - row);
-      f((block.line + done) / plan_.tiles_h, row, count, done);
-      done += count;
-    }
-  }
-
-  // Some of a block's tiles, one behind the other.
-  struct Tiles {
-    int64_t first, count;
   };
 
   // One product of matrices, or of the phases that are joined: of which of a tile's values, with which
@@ -119,25 +96,17 @@ class Call {
     return whole_kernels(plan_.m, plan_.r, form.single_y, form.single_x);
   }
 
-  void transform_input(const ScaledImage& x, const Block& block, Buffers& b) const;
-  void transform_line(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
-                      const Tiles& tiles, float* to) const;
-  void multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const;
-  void multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
+  void multiply(const TileBlock& block, int64_t first_slab, int64_t slabs, Buffers& b) const;
+  void multiply_product(const TileBlock& block, int64_t first_slab, int64_t slabs, const Product& product,
                         Buffers& b) const;
   void multiply_chunk(const Chunk& chunk, int64_t tiles) const;
   void multiply_panel(const Chunk& chunk, int64_t tile, int64_t rows, const Ahead& ahead) const;
-  void transform_output(const Block& block, const float* sums, bool grouped, Buffers& b) const;
-  void write_lines(const Block& block, int64_t channel, Buffers& b) const;
-  void write_groups(const Block& block, int64_t channel, Buffers& b) const;
+  void transform_output(const TileBlock& block, const float* sums, bool grouped, Buffers& b) const;
+  void write_lines(const TileBlock& block, int64_t channel, Buffers& b) const;
+  void write_groups(const TileBlock& block, int64_t channel, Buffers& b) const;
 
   bool by_threads() const { return transforming_ == Transforming::kByThreads; }
-  int64_t panels(int64_t tiles) const { return ceil_div(tiles, kPanelRows); }
   int64_t most_tiles() const { return blocking_.lines * blocking_.columns; }
-  // [value, chunk, panel, kPanelRows, kPanelStride]
-  int64_t tile_value() const {
-    return ceil_div(most_depth_, kPanelDepth) * panels(most_tiles()) * kPanelSize + kCacheLine;
-  }
   // [product, tile, joined phases, slabs]
   int64_t sum_row() const { return joined_ * blocking_.slabs * slab_ + kCacheLine; }
   int64_t sum_product() const { return most_tiles() * sum_row() + kCacheLine; }
@@ -149,11 +118,11 @@ class Call {
   const ConvPlan& conv_;
   const Quantization* const quantization_;  // null: floats
   GrowingTiles* const growing_;
-  const int64_t first_channel_;  // of x
   const WinogradPlan& plan_;
   const Transforming transforming_;
   const int64_t phases_, lanes_, slab_, joined_, per_word_, most_depth_;
   const WinogradBlocking blocking_;
+  const WinogradInput input_;
   const WinogradWeights weights_;
 };
 
@@ -165,14 +134,10 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   const int64_t threads = torch::stable::get_num_threads(), blocks = line_blocks * column_blocks;
   const int64_t groups = ceil_div(slabs, blocking_.slabs);
   const int64_t shares = growing_ || blocks >= threads ? 1 : groups;
-  const int64_t block_values = plan_.values * tile_value();
-  if (growing_ && !growing_->data.get()) growing_->data = LargeBuffer(blocks * block_values);
+  if (growing_ && !growing_->data.get()) growing_->data = LargeBuffer(blocks * input_.size());
   share_tasks(blocks * shares, [&](Tasks tasks) {
-    const int64_t rows = plan_.stride * plan_.m * (std::min(blocking_.lines, plan_.tiles_h) - 1) + plan_.span.y;
-    const int64_t columns = plan_.stride * plan_.m * (blocking_.columns - 1) + plan_.span.x;
-    Buffers b{.patch = ChannelPatch(conv_.c_in - first_channel_, conv_.input.h_in, conv_.input.w_in, rows, columns,
-                                    conv_.input.reflect),
-              .own_tiles = LargeBuffer(growing_ ? 0 : block_values),
+    Buffers b{.patch = input_.patch(blocking_.lines, blocking_.columns),
+              .own_tiles = LargeBuffer(growing_ ? 0 : input_.size()),
               .own_weights = weights_.own(),
               .sums = LargeBuffer(plan_.products / joined_ * sum_product()),
               .lines = LargeBuffer(phases_ * kGroup * line_channel()),
@@ -185,11 +150,11 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
     while (const auto task = tasks.next()) {
       const int64_t share = *task % shares, place = *task / shares;
       const int64_t line = place / column_blocks, column = place % column_blocks;
-      Block block{all_lines * line / line_blocks, 0, plan_.tiles_w * column / column_blocks, 0};
+      TileBlock block{all_lines * line / line_blocks, 0, plan_.tiles_w * column / column_blocks, 0};
       block.lines = all_lines * (line + 1) / line_blocks - block.line;
       block.columns = plan_.tiles_w * (column + 1) / column_blocks - block.column;
-      if (growing_) b.tiles = growing_->data.get() + place * block_values;
-      if (place != transformed) transform_input(x, block, b);
+      if (growing_) b.tiles = growing_->data.get() + place * input_.size();
+      if (place != transformed) input_.transform(x, block, b.patch, b.tiles);
       transformed = place;
       for (int64_t group = groups * share / shares; group < groups * (share + 1) / shares; ++group) {
         const int64_t slab = group * blocking_.slabs, count = std::min(blocking_.slabs, slabs - slab);
@@ -204,58 +169,7 @@ void Call::run(const ScaledImage& x, const PlanarResult& result) const {
   });
 }
 
-void Call::transform_input(const ScaledImage& x, const Block& block, Buffers& b) const {
-  const int64_t step = plan_.stride * plan_.m, value = tile_value(), row_stride = b.patch.row_stride();
-  for (int64_t channel = first_channel_; channel < conv_.c_in; channel += kGroup) {
-    const int64_t vectors = std::min(kGroup, plan_.part_depth - channel) / lanes_;
-    for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
-      b.patch.load(x, sample, channel - first_channel_, row * step + plan_.origin.y, (count - 1) * step + plan_.span.y,
-                   block.column * step + plan_.origin.x, (block.columns - 1) * step + plan_.span.x);
-      if (quantization_) {
-        b.patch.quantize(*quantization_, (count - 1) * step + plan_.span.y, (block.columns - 1) * step + plan_.span.x);
-      }
-      int64_t k = channel;
-      for (const auto& part : plan_.parts) {
-        const int64_t word = k / per_word_;
-        for (const auto& form : plan_.forms) {
-          const float* const corner = b.patch.data() + (part.y + form.y - plan_.origin.y) * row_stride +
-                                      (part.x + form.x - plan_.origin.x) * kGroup;
-          float* const to = b.tiles + form.first * value + word / kPanelDepth * panels(block.tiles()) * kPanelSize +
-                            word % kPanelDepth;
-          for (int64_t l = 0; l < count; ++l) {
-            transform_line(form, corner + l * step * row_stride, row_stride, vectors,
-                           {(done + l) * block.columns, block.columns}, to);
-          }
-        }
-        k += plan_.part_depth;
-      }
-    });
-  }
-}
-
-void Call::transform_line(const WinogradPlan::Form& form, const float* corner, int64_t row_stride, int64_t vectors,
-                          const Tiles& tiles, float* to) const {
-  const int64_t row = plan_.stride * row_stride, column = plan_.stride * kGroup, value = tile_value();
-  const WinogradKernels* const floats = quantization_ ? nullptr : &kernels_of(form);
-  const WholeKernels* const whole = quantization_ ? &whole_of(form) : nullptr;
-  const int64_t step = plan_.m * column;
-  int64_t place = tiles.first % kPanelRows;  // in its panel
-  float* at = to + tiles.first / kPanelRows * kPanelSize + place * kPanelStride;
-  for (int64_t i = 0; i < tiles.count; ++i, corner += step) {
-    if (whole) {
-      whole->input(corner, row, column, vectors, reinterpret_cast<int16_t*>(at), 2 * value, 2 * kPanelStride);
-    } else {
-      floats->input(corner, row, column, vectors, at, value, kPanelStride);
-    }
-    at += kPanelStride;
-    if (++place == kPanelRows) {
-      at += kPanelSize - kPanelRows * kPanelStride;
-      place = 0;
-    }
-  }
-}
-
-void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffers& b) const {
+void Call::multiply(const TileBlock& block, int64_t first_slab, int64_t slabs, Buffers& b) const {
   for (int64_t first = 0; first < weights_.depth(); first += weights_.step()) {
     const int64_t count = std::min(weights_.step(), weights_.depth() - first);
     if (by_threads()) weights_.transform_own(first, count, first_slab, b.own_weights);
@@ -276,12 +190,11 @@ void Call::multiply(const Block& block, int64_t first_slab, int64_t slabs, Buffe
   }
 }
 
-void Call::multiply_product(const Block& block, int64_t first_slab, int64_t slabs, const Product& product,
+void Call::multiply_product(const TileBlock& block, int64_t first_slab, int64_t slabs, const Product& product,
                             Buffers& b) const {
   const int64_t tiles = block.tiles(), vectors = slab_ / lanes_, first = product.first, count = product.count;
   float* const sums = b.sums.get() + product.sums * sum_product();
-  const float* const from =
-      b.tiles + product.value * tile_value() + first / kPanelDepth * panels(tiles) * kPanelSize + first % kPanelDepth;
+  const float* const from = b.tiles + input_.offset(product.value, first, tiles);
   // So many slabs of weights, or so much of one, stay in the first-level cache while the tiles pass by: 32 KB.
   const int64_t near = joined_ * slab_ > 2 * kGroup ? kPanelDepth / 2 : kPanelDepth,
                 together = std::max<int64_t>(1, near / count);
@@ -366,7 +279,7 @@ void Call::multiply_panel(const Chunk& chunk, int64_t tile, int64_t rows, const 
   }
 }
 
-void Call::transform_output(const Block& block, const float* sums, bool grouped, Buffers& b) const {
+void Call::transform_output(const TileBlock& block, const float* sums, bool grouped, Buffers& b) const {
   float* lines = b.lines.get();
   const int64_t pixel = grouped ? kGroup : 1, channel = grouped ? 1 : line_channel();
   const int64_t tile = sum_row(), value = sum_product(), row = pixel * line_row(), step = pixel * plan_.m;
@@ -390,14 +303,14 @@ void Call::transform_output(const Block& block, const float* sums, bool grouped,
   }
 }
 
-void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
+void Call::write_lines(const TileBlock& block, int64_t channel, Buffers& b) const {
   const int64_t stride = conv_.out_stride, m = plan_.m, phase_rows = std::min(stride, conv_.h_out);
   const int64_t in_row = phases_ / phase_rows;  // phases that share the lines of y
   const int64_t x = block.column * m * stride;
   const bool last = block.column + block.columns == plan_.tiles_w;
   const int64_t pixels = last ? conv_.w_out - x : block.columns * m * stride;
   for (int64_t o = 0; o < std::min(kGroup, conv_.c_out - channel); ++o) {
-    for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
+    block.for_samples(plan_.tiles_h, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
       if (stride == 1 && line_row() == conv_.w_out) {
         // Lines of y, all of them at once.
         const int64_t rows = std::min(count * m, conv_.h_out - row * m);
@@ -430,11 +343,11 @@ void Call::write_lines(const Block& block, int64_t channel, Buffers& b) const {
   }
 }
 
-void Call::write_groups(const Block& block, int64_t channel, Buffers& b) const {
+void Call::write_groups(const TileBlock& block, int64_t channel, Buffers& b) const {
   const int64_t stride = conv_.out_stride, m = plan_.m, x = block.column * m * stride;
   const bool last = block.column + block.columns == plan_.tiles_w;
   const int64_t pixels = last ? conv_.w_out - x : block.columns * m * stride;
-  for_samples(block, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
+  block.for_samples(plan_.tiles_h, [&](int64_t sample, int64_t row, int64_t count, int64_t done) {
     for (int64_t l = 0; l < count; ++l) {
       for (int64_t phase = 0; phase < phases_; ++phase) {
         const int64_t column = conv_.phases[phase].column;

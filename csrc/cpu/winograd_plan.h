@@ -7,6 +7,10 @@
 
 namespace fastgan {
 
+// Floats of a cache line. One lies behind each product's matrices: powers of two apart, they would share one set of
+// a cache.
+constexpr int64_t kCacheLine = 16;
+
 struct WinogradPlan {
   // What stands for a channel of x in the products: every stride-th pixel of it, from (y, x) on.
   struct Part {

@@ -212,7 +212,7 @@ void WeightGrad::transform_x(const Segment& segment, int64_t group, const Scaled
     for (int64_t line = 0; line < segment.lines; ++line) {
       for (int64_t column = 0; column < tiles_w_; ++column, to += kGroup) {
         kernels.input(corner + line * tile_step * row + column * tile_step * kGroup, parts_.step * row,
-                      parts_.step * kGroup, kGroup / product_lanes(), to, x_value(), 0);
+                      parts_.step * kGroup, nullptr, kGroup / product_lanes(), to, x_value(), 0);
       }
     }
   }

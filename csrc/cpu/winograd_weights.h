@@ -13,10 +13,6 @@
 
 namespace fastgan {
 
-// Floats of a cache line. One lies behind each product's matrix: powers of two apart, the matrices would share one set
-// of a cache.
-constexpr int64_t kCacheLine = 16;
-
 // Output channels side by side in the products, of a convolution with so many: as few registers as hold them all.
 int64_t slab_size(int64_t c_out, Storage storage);
 
