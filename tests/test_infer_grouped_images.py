@@ -68,7 +68,10 @@ LAYERS = [
     pytest.param((1, 32, 48, (19, 23), 3), geometry(1, 1), ("winograd", 4), id="tiles of 4x4"),
     pytest.param((2, 16, 64, (9, 6), 3), geometry(1, 1), ("winograd", 2), id="tiles of 2x2, samples"),
     pytest.param((1, 16, 16, (12, 70), 3), geometry(1, 1, reflect=True), ("winograd", 4), id="tiles, mirrored"),
+    pytest.param((1, 64, 16, (9, 200), 3), geometry(1, 1), ("winograd", 4), id="tiles, blocks of columns"),
+    pytest.param((1, 16, 32, (256, 258), 3), geometry(1, 1), ("winograd", 4), id="tiles, past the caches"),
     pytest.param((1, 64, 32, (33, 65), 3), geometry(2, 0, transposed=True), ("winograd", 3), id="tiles of phases"),
+    pytest.param((1, 16, 32, (128, 128), 3), geometry(2, 0, transposed=True), ("winograd", 3), id="phases, past them"),
     pytest.param((2, 32, 16, (7, 5), 3), geometry(2, 1, transposed=True), ("winograd", 2), id="phases, odd results"),
     pytest.param((1, 32, 80, (12, 9), 4), geometry(2, 1, transposed=True), ("winograd", 3), id="tiles, 4x4 up"),
     pytest.param((1, 32, 32, (14, 14), 4), geometry(2, 1), ("winograd", 2), id="tiles, 4x4 down"),
@@ -77,6 +80,7 @@ LAYERS = [
     pytest.param((1, 16, 32, (21, 18), 4), geometry(2, 1), ("packed_direct", 0), id="packed, down"),
     pytest.param((2, 32, 64, (5, 6), 3), geometry(2, 0, transposed=True), ("packed_direct", 0), id="packed, up"),
     pytest.param((1, 64, 32, (1, 1), 4), geometry(1, 0, transposed=True), ("packed_direct", 0), id="packed, a pixel"),
+    pytest.param((1, 16, 32, (130, 128), 4), geometry(2, 1, transposed=True), ("packed_direct", 0), id="packed, past"),
 ]
 
 
@@ -148,6 +152,29 @@ def test_filters_compute_the_same(f: Tensor, padding: tuple[int, ...], flip: boo
     assert max_error(planar(out), want) < 1e-6
 
 
+def test_a_filter_stores_large_results_past_the_caches() -> None:
+    torch.manual_seed(0)
+    x, f = torch.randn(1, 32, 257, 260), fir()
+    out, how = torch.full((1, 32, 256, 259), torch.nan), ((1, 1), (1, 1), (1, 1, 1, 1), False, 1.0, *PLAIN.values())
+    _into.upfirdn2d_into(grouped(x), f, None, None, None, None, *how, out, True, True)
+    assert max_error(planar(out), upfirdn2d(x, f, padding=1)) < 1e-6
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("parameters", ["none", "of channels", "of samples"])
+@pytest.mark.parametrize("size", [(2, 48, 1, 1), (2, 48, 37, 50), (1, 16, 90, 80)])
+def test_norms_compute_the_same(size: tuple[int, ...], parameters: str, residual: bool) -> None:
+    torch.manual_seed(0)
+    x, added, (n, c) = 3 + torch.randn(size), torch.randn(size), size[:2]
+    of = {"none": None, "of channels": (c,), "of samples": (n, c)}[parameters]
+    weight, bias = (torch.randn(of) if of else None for _ in range(2))
+    settings = (1e-5, "lrelu", 0.2, 1.5, -0.75)
+    out, want = torch.full(size, torch.nan), torch.empty(size)
+    _into.norm_act_into(grouped(x), weight, bias, grouped(added) if residual else None, *settings, out, True, True)
+    _into.norm_act_into(x, weight, bias, added if residual else None, *settings, want)
+    assert max_error(planar(out), want) < 1e-6
+
+
 def test_what_cannot_be_grouped() -> None:
     where, k = geometry(1, 1), layer(1, 32, 40, (9, 9), 3)
     size = torch.Size((1, 40, 9, 9))
@@ -164,18 +191,21 @@ def test_what_cannot_be_grouped() -> None:
         out = upfirdn2d(residual, f, up=up, padding=2)
         with pytest.raises(RuntimeError, match="_upfirdn2d_into: both images are grouped"):
             _into.upfirdn2d_into(residual, f, None, None, None, None, *how, out, True, True)
+    for x, images in ((residual, (True, False)), (torch.zeros(1, 24, 9, 9), (True, True))):
+        with pytest.raises(RuntimeError, match="_norm_act_into: all images are grouped, or none is"):
+            _into.norm_act_into(x, None, None, None, 1e-5, "linear", 0.0, 1.0, 1.0, torch.empty_like(x), *images)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Engines
 
 
-def check_against_planes(fast: infer.FastGenerator, x: Tensor) -> None:
+def check_against_planes(fast: infer.FastGenerator, x: Tensor, error: float = 2e-6) -> None:
     """Watched, each step has planes."""
     with torch.no_grad(), fast.pool.borrow() as workspace:
         for factor in (1.0, 0.3):
             (planes,), (got,) = (workspace.run([factor * x], watch) for watch in (lambda number, value: None, None))
-            assert max_error(got, planes) < 2e-6
+            assert max_error(got, planes) < error
 
 
 def names_of(fast: infer.FastGenerator) -> tuple[set[str], set[str]]:
@@ -233,6 +263,41 @@ def test_both_images_of_a_filter_are_grouped_or_none(last: nn.Module, direct: bo
     reading, making = names_of(fast)
     assert len(reading) == len(making) == count
     check_against_planes(fast, x)
+
+
+class Normed(nn.Module):
+    """Convolutions and norms, the second of which adds what the first has made, or something else."""
+
+    def __init__(self, seen: str) -> None:
+        super().__init__()
+        self.seen = seen
+        self.first, self.second, self.last = (nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
+        self.norm, self.other = nn.InstanceNorm2d(32, affine=True), nn.InstanceNorm2d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = F.relu(self.norm(self.first(x)))
+        two = self.other(self.second(one)) + {"input": x, "torch": torch.flip(one, [3])}.get(self.seen, one)
+        return two if self.seen == "result" else self.last(two)
+
+
+@pytest.mark.parametrize(
+    ("seen", "reading", "making"),
+    [
+        ("", {"norm", "second", "other", "last"}, {"first", "norm", "second", "other"}),
+        ("input", {"norm", "second"}, {"first", "norm"}),
+        ("result", set(), set()),
+        ("torch", set(), set()),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 2])
+def test_all_images_of_a_norm_are_grouped_or_none(seen: str, reading: set[str], making: set[str], n: int) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(n, 32, 40, 40), Normed(seen).eval()
+    fast = infer.optimize(model, (x,))
+    assert names_of(fast) == (reading, making)
+    check_against_planes(fast, x, 1e-5)
+    with torch.no_grad():
+        assert max_error(fast(x), model(x)) < 2e-5
 
 
 def test_a_unet_and_a_stylegan2() -> None:

@@ -101,10 +101,40 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x, const OptionalTenso
   return {y, new_mean, new_var};
 }
 
-// Instance norm and activation of a float32 image in NCHW and residual_gain times an image, into `out`.
+// Instance norm of grouped images: each group is an image in NHWC, and stays in the caches from its moments to its
+// results.
+void grouped_forward(const NormProblem<float>& p, const float* x, float* y, double* mean, double* var,
+                     const NormResidual<float>* residual) {
+  const int64_t groups = p.c / kGroup, all = p.n * groups;
+  const auto run = [&](int64_t i) {
+    NormProblem<float> of_group = p;
+    of_group.n = 1;
+    of_group.c = kGroup;
+    for (NormParameter<float>* const parameter : {&of_group.weight, &of_group.bias}) {
+      if (parameter->data) parameter->data += i / groups * parameter->stride_n + i % groups * kGroup;
+    }
+    of_group.mean += i * kGroup;
+    of_group.var += i * kGroup;
+    const int64_t at = i * kGroup * p.pixels;
+    NormResidual<float> added{};
+    if (residual) added = {residual->data + at, residual->gain};
+    rows_forward<float>(of_group, x + at, y + at, mean + i * kGroup, var + i * kGroup, residual ? &added : nullptr);
+  };
+  // Where there are fewer groups than threads, these share each of them.
+  if (all < torch::stable::get_num_threads()) {
+    for (int64_t i = 0; i < all; ++i) run(i);
+    return;
+  }
+  torch::stable::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  });
+}
+
+// Instance norm and activation of a float32 image in NCHW and residual_gain times an image, into `out`; all of them
+// grouped, or none.
 void norm_act_into(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& residual, double eps, std::string act, double alpha, double gain,
-                   double residual_gain, const Tensor& out) {
+                   double residual_gain, const Tensor& out, bool x_grouped, bool y_grouped) {
   const NormSettings settings{false, false, eps, parse_act("norm_act", act), alpha, gain};
   const Tensor source = in_layout(x, false);
   std::vector<double> mean(x.size(0) * x.size(1)), var(mean.size());
@@ -114,12 +144,10 @@ void norm_act_into(const Tensor& x, const OptionalTensor& weight, const Optional
   float* const to = out.mutable_data_ptr<float>();
   const Tensor added = residual ? in_layout(*residual, false) : x;
   const NormResidual<float> of_residual{added.const_data_ptr<float>(), static_cast<float>(residual_gain)};
-  if (!as_rows(x, false)) {
-    planes_forward<float>(problem, from, to, mean.data(), var.data(), residual ? &of_residual : nullptr);
-    return;
-  }
-  rows_forward<float>(problem, from, to, mean.data(), var.data());
-  if (residual) axpy(of_residual.gain, of_residual.data, to, x.numel());
+  STD_TORCH_CHECK(x_grouped == y_grouped && (!x_grouped || x.size(1) % kGroup == 0),
+                  "_norm_act_into: all images are grouped, or none is");
+  const auto run = x_grouped ? grouped_forward : as_rows(x, false) ? rows_forward<float> : planes_forward<float>;
+  run(problem, from, to, mean.data(), var.data(), residual ? &of_residual : nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_act_grad(const Tensor& gy, const Tensor& x, const OptionalTensor& weight,

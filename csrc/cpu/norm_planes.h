@@ -141,13 +141,6 @@ Moments run_moments(const C* x, int64_t length, const NormProblem<C>& p) {
   return moments;
 }
 
-// An image that is added to results, where they still are in the first-level cache.
-template <typename C>
-struct NormResidual {
-  const C* data;
-  C gain;
-};
-
 // mean and var are filled in unless they are given; p reads them. The residual is for results that are not gathered.
 template <typename T, typename C = accumulate_t<T>>
 void planes_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, double* var,

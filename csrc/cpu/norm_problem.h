@@ -94,6 +94,13 @@ struct NormProblem {
   }
 };
 
+// An image that is added to results, where they still are in the first-level cache.
+template <typename C>
+struct NormResidual {
+  const C* data;
+  C gain;
+};
+
 // The first order's means over one group.
 template <typename C>
 struct NormFirstMeans {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "convert.h"
+#include "epilogue.h"
 #include "norm_problem.h"
 
 namespace fastgan {
@@ -175,8 +176,10 @@ void rows_moments(const NormRows<C>& rows, const T* x, double* mean, double* var
   }
 }
 
+// As planes_forward; the residual is for results of the compute type.
 template <typename T, typename C = accumulate_t<T>>
-void rows_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, double* var) {
+void rows_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, double* var,
+                  const NormResidual<C>* residual = nullptr) {
   const NormRows<C> rows(p);
   if (!p.fixed) rows_moments(rows, x, mean, var);
   rows.parallel([&] {
@@ -189,6 +192,7 @@ void rows_forward(const NormProblem<C>& p, const T* x, T* y, double* mean, doubl
         block.x = chunk.read(x, at, kRoomX);
         block.out = chunk.result(y, at, kRoomOut);
         norm::forward(block);
+        if (residual) axpy(residual->gain, residual->data + at, block.out, n_rows * n);
         chunk.finish(block.out, y, at);
       });
     };

@@ -1,7 +1,7 @@
 """Values that go from one convolution or filter to the next in groups of 16 channels: [N, C / 16, H, W, 16].
 
-Their kernels hold channels in registers, so between two of them planes are laid out for nobody. A value takes the
-memory that it has in planes, and a part of a concatenation lies where it would: the plan stays as it is.
+Their kernels hold channels in registers, so between two of them planes are laid out for nobody; norms take either. A
+value takes the memory that it has in planes, and a part of a concatenation lies where it would: the plan stays as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from fastgan.infer.plan import Program, Slot, Step, View, lies_inside
 from fastgan.ops import _into
 
 _GROUP = 16
+# All images of such a step are grouped, or none is.
+_ALIKE = (nodes.fir, nodes.instance_norm)
 
 
 def grouped_images(program: Program) -> dict[int, tuple[bool, bool]]:
@@ -55,7 +57,7 @@ class _Values:
     def _is_made(self, value: fx.Node, found: set[fx.Node]) -> bool:
         if not is_a(value, nodes.concatenate):
             made = value in self.steps and self._takes[value][1]
-            return made and (value.kwargs["x"] in found or not is_a(value, nodes.fir))
+            return made and (not is_a(value, *_ALIKE) or found.issuperset(_images_of(value)))
         first = 0
         for part in value.kwargs["tensors"]:
             if part not in found or not lies_inside(self.views[part], self.views[value], first):
@@ -64,15 +66,22 @@ class _Values:
         return True
 
     def _is_read(self, value: fx.Node, found: set[fx.Node]) -> bool:
-        """A filter's two images are grouped, or none is."""
-        whole = [user for user in value.users if is_a(user, nodes.concatenate, nodes.fir)]
+        whole = [user for user in value.users if is_a(user, nodes.concatenate, *_ALIKE)]
         others = [user for user in value.users if not is_a(user, nodes.concatenate)]
         return found.issuperset(whole) and all(self._reads(user, value) for user in others)
 
     def _reads(self, user: fx.Node, value: fx.Node) -> bool:
-        """Whether it does as its x, and as nothing else."""
-        values = [v for v in user.kwargs.values() if v is value]
-        return user in self.steps and self._takes[user][0] and values == [user.kwargs["x"]]
+        """Whether it does as an image that may be grouped, and as nothing else."""
+        if user not in self.steps or not self._takes[user][0]:
+            return False
+        images = _images_of(user) if is_a(user, *_ALIKE) else [user.kwargs["x"]]
+        everywhere, there = (sum(v is value for v in values) for values in (user.kwargs.values(), images))
+        return everywhere == there
+
+
+def _images_of(step: fx.Node) -> list[fx.Node]:
+    """What a filter or a norm reads in the layout of its result."""
+    return [step.kwargs[name] for name in ("x", "residual") if step.kwargs.get(name) is not None]
 
 
 def _may_take(step: Step) -> tuple[bool, bool]:
@@ -81,6 +90,9 @@ def _may_take(step: Step) -> tuple[bool, bool]:
     if step.kernel is _into.upfirdn2d_into:
         f, whole = constant_of(k.get("f")), k.get("residual") is None and shape_of(k["x"])[1] % _GROUP == 0
         takes = f is not None and whole and _into.grouped_filter(f, k.get("up", (1, 1)), k.get("down", (1, 1)))
+        return takes, takes
+    if step.kernel is _into.norm_act_into:
+        takes = shape_of(k["x"])[1] % _GROUP == 0
         return takes, takes
     weight = constant_of(k.get("weight"))
     if step.kernel is not _into.scaled_conv2d_into or step.choice is None or weight is None:

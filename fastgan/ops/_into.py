@@ -12,6 +12,7 @@ chooses.
 A grouped image has 16 channels of each pixel side by side, [N, C / 16, H, W, 16], in a tensor that tells only its
 sizes, [N, C, H, W]: ``x_grouped`` and ``y_grouped`` say which is, x or ``out``. ``_grouped_images`` says which of a
 call's two can be, without a residual, by that algorithm; ``_grouped_filter`` whether both of ``_upfirdn2d_into`` can.
+Those of ``_norm_act_into``, its residual too, are all grouped or none.
 
 ``_quantized_conv2d_into`` convolves whole numbers, clamp(round(in_scale * x / step), low, high) with low <= 0 <= high
 at most 255 apart, with a weight in int8, each of whose output channels stands for weight_scale [C_out] times its
@@ -48,7 +49,7 @@ for schema in (
     f" bool rectify, str algorithm, int tile, str storage, {_EPILOGUE}, Tensor(a!) out, {_GROUPED}) -> ()",
     f"_epilogue_into(Tensor x, Tensor? out_scale, {_SHIFTS}, {_EPILOGUE}, Tensor(a!) out) -> ()",
     "_norm_act_into(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act, float alpha,"
-    " float gain, float residual_gain, Tensor(a!) out) -> ()",
+    f" float gain, float residual_gain, Tensor(a!) out, {_GROUPED}) -> ()",
     f"_upfirdn2d_into(Tensor x, Tensor? f, {_SHIFTS}, int[2] up, int[2] down, int[4] padding, bool flip_filter,"
     f" float fir_gain, {_EPILOGUE}, Tensor(a!) out, {_GROUPED}) -> ()",
     "_dense_block_into(Tensor x, Tensor[] weights, Tensor[] biases, str act, float alpha, float gain,"
