@@ -1,7 +1,7 @@
 """Values that go from one convolution or filter to the next in groups of 16 channels: [N, C / 16, H, W, 16].
 
 Their kernels hold channels in registers, so between two of them planes are laid out for nobody; norms take either. A
-value takes the memory that it has in planes, and a part of a concatenation lies where it would: the plan stays as it is.
+value takes the memory that it has in planes, and a part of a concatenation lies where it would: the plan stays.
 """
 
 from __future__ import annotations
