@@ -110,6 +110,7 @@ def test_every_form_of_a_layer(how: tuple[str, int], more: dict[str, Any]) -> No
     [
         pytest.param((1, 64, 3, (40, 64), 1), geometry(), id="1x1, rows shorter than registers"),
         pytest.param((2, 32, 3, (9, 190), 3), geometry(1, 1), id="3x3, samples"),
+        pytest.param((2, 32, 3, (9, 58), 7), geometry(1, 3, reflect=True), id="7x7, mirrored"),
         pytest.param((1, 128, 3, (20, 128), 4), geometry(2, 1, transposed=True), id="4x4 up"),
     ],
 )

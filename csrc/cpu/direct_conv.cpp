@@ -232,7 +232,6 @@ void for_stretches(const ConvPlan& plan, const Tiling& tiling, const Worker& wor
 
 Refusal refused_by_direct_conv(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (const Refusal refusal = refuse_unless_float_nchw(x, weight, g)) return refusal;
-  if (g.reflect && few_outputs_takes(x, weight, g)) return {"with few outputs, it pads with zeros"};
   if (!has_dense_kernels(weight)) return {"it takes a weight of dense kernels"};
   if (g.transposed && (g.dilation[0] != 1 || g.dilation[1] != 1)) return {"transposed, it takes no dilation"};
   const ConvPlan plan(x, weight, g);

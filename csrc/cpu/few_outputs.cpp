@@ -28,16 +28,17 @@ constexpr int64_t kPanelSize = kPanelRows * kPanelStride;
 constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int64_t kAhead = 4;  // channels: what memory takes to answer; their pages are apart
 
-// One axis: tap t lays position p of x over position stride * p + shift(t) of y.
+// One axis: tap t lays position p of x over position stride * p + shift(t) of y. Mirrored padding is part of x.
 struct Axis {
-  int64_t in, out, taps, stride, first, step;
+  int64_t mirrored, in, out, taps, stride, first, step;
 
   Axis(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int axis)
-      : in(x.size(2 + axis)),
+      : mirrored(g.reflect ? g.padding[axis] : 0),
+        in(x.size(2 + axis) + 2 * mirrored),
         out(result_size(x, weight, g, axis)),
         taps(weight.size(2 + axis)),
         stride(g.transposed ? g.stride[axis] : 1),
-        first(g.transposed ? -g.padding[axis] : g.padding[axis]),
+        first((g.transposed ? -g.padding[axis] : g.padding[axis]) - mirrored),
         step(g.transposed ? g.dilation[axis] : -g.dilation[axis]) {}
 
   int64_t shift(int64_t tap) const { return first + tap * step; }
@@ -105,9 +106,10 @@ class Call {
  private:
   // One thread's buffers.
   struct Buffers {
-    LargeBuffer line;         // of x: [slabs, C_in, slab]
-    LargeBuffer products;     // [rows, row_stride]
-    std::vector<float> sums;  // of the lines of y that are not complete: [open, C_out, stride, width]
+    LargeBuffer line;          // of x: [slabs, C_in, slab]
+    LargeBuffer products;      // [rows, row_stride]
+    std::vector<float> group;  // of a mirrored x: the line of a group's channels
+    std::vector<float> sums;   // of the lines of y that are not complete: [open, C_out, stride, width]
     std::vector<float> result;
     std::vector<const float*> residues;
     PlaneWriter writer;
@@ -121,6 +123,7 @@ class Call {
   void pack(const Tensor& weight, bool transposed);
   void load(int64_t sample, int64_t row, Buffers& b) const;
   void load_groups(int64_t sample, int64_t row, Buffers& b) const;
+  void load_mirrored(int64_t sample, int64_t row, Buffers& b) const;
   void multiply(int64_t first_row, int64_t rows, Buffers& b) const;
   void add(int64_t tap, int64_t line, Buffers& b) const;
   void write_until(int64_t line, Task& task, Buffers& b) const;
@@ -163,9 +166,13 @@ void Call::run(const PlanarResult& result) const {
   const int64_t most_lines = std::max(kTaskLines, ceil_div(n_ * y_.out, tasks));
   const int64_t per_sample = ceil_div(y_.out, most_lines), lines = ceil_div(y_.out, per_sample);
   share_tasks(n_ * per_sample, [&](Tasks tasks) {
-    Buffers b{LargeBuffer(slabs_ * slab_step_),        LargeBuffer(rows_ * row_stride_),
-              std::vector<float>(open_ * line_sums()), std::vector<float>(x_.out),
-              std::vector<const float*>(x_.stride),    PlaneWriter(result)};
+    Buffers b{.line = LargeBuffer(slabs_ * slab_step_),
+              .products = LargeBuffer(rows_ * row_stride_),
+              .group = std::vector<float>(x_.mirrored || y_.mirrored ? kGroup * x_.in : 0),
+              .sums = std::vector<float>(open_ * line_sums()),
+              .result = std::vector<float>(x_.out),
+              .residues = std::vector<const float*>(x_.stride),
+              .writer = PlaneWriter(result)};
     while (const auto task = tasks.next()) {
       const int64_t first = std::min(*task % per_sample * lines, y_.out);
       run_task({*task / per_sample, first, std::min(first + lines, y_.out), first}, b);
@@ -195,6 +202,7 @@ void Call::run_task(Task task, Buffers& b) const {
 
 void Call::load(int64_t sample, int64_t row, Buffers& b) const {
   const ScaledImage& x = image_;
+  if (x_.mirrored || y_.mirrored) return load_mirrored(sample, row, b);
   if (x.grouped) return load_groups(sample, row, b);
   for (int64_t c = 0; c < c_in_; ++c) {
     fill_slabs({.from = x.data + sample * x.stride_n + c * x.stride_c + row * x.stride_h,
@@ -234,6 +242,39 @@ void Call::load_groups(int64_t sample, int64_t row, Buffers& b) const {
                     .to = to + i * slab_,
                     .to_step = slab_step_});
       }
+    }
+  }
+}
+
+void Call::load_mirrored(int64_t sample, int64_t row, Buffers& b) const {
+  const ScaledImage& x = image_;
+  const int64_t border = x_.mirrored, width = x_.in - 2 * border;
+  const int64_t line = continued(row - y_.mirrored, y_.in - 2 * y_.mirrored, true);
+  for (int64_t c = 0; c < c_in_; c += kGroup) {
+    const float* const from = x.data + sample * x.stride_n + c * x.stride_c + line * x.stride_h;
+    float* const inside = b.group.data() + border;
+    const int64_t channels = std::min(kGroup, c_in_ - c);
+    if (x.grouped) {
+      planes_of(Spreading<float>{
+          .from = from, .stride = kGroup, .pixels = width, .shift = nullptr, .to = inside, .to_stride = x_.in});
+    } else {
+      for (int64_t i = 0; i < channels; ++i) std::copy_n(from + i * x.stride_c, width, inside + i * x_.in);
+    }
+    for (int64_t i = 0; i < channels; ++i) {
+      float* const pixels = inside + i * x_.in;
+      for (int64_t p = 1; p <= border; ++p) {
+        pixels[-p] = pixels[p];
+        pixels[width - 1 + p] = pixels[width - 1 - p];
+      }
+      fill_slabs({.from = pixels - border,
+                  .pixel = 1,
+                  .pixels = x_.in,
+                  .slab = slab_,
+                  .ahead = 0,
+                  .scale = x.scale.at(sample, c + i),
+                  .least = x.least,
+                  .to = b.line.get() + (c + i) * slab_,
+                  .to_step = slab_step_});
     }
   }
 }
@@ -294,7 +335,8 @@ bool few_outputs_takes(const Tensor& x, const Tensor& weight, const ConvGeometry
   const int64_t c_out = weight.size(g.transposed ? 1 : 0), rows = weight.numel() / x.size(1);
   if (c_out > kMostOutputs || x.size(1) < kLeastInputs || rows > kMostRows) return false;
   // What is multiplied behind the end of a line costs little of so few products.
-  const int64_t width = x.size(3), most = rows <= kFewRows ? 3 * width : 5 * width / 4;
+  const int64_t width = x.size(3) + (g.reflect ? 2 * g.padding[1] : 0),
+                most = rows <= kFewRows ? 3 * width : 5 * width / 4;
   return round_up(width, slab_size(rows)) <= most;
 }
 
