@@ -54,7 +54,10 @@ class WinogradInput {
     int64_t sample, channel, line, lines, column, columns, tile;
   };
 
-  bool lies_there(const ScaledImage& x) const { return x.grouped && x.least == kLeast && !quantization_; }
+  // Whether tiles can be read where x lies, and gain by that: several parts, whose pixels lie apart, share a copy.
+  bool lies_there(const ScaledImage& x) const {
+    return x.grouped && x.least == kLeast && !quantization_ && plan_.parts.size() == 1;
+  }
   std::pair<int64_t, int64_t> inner_columns(int64_t line, const TileBlock& block) const;
   void transform_copy(const ScaledImage& x, const Stretch& s, const TileBlock& block, ChannelPatch& patch,
                       float* to) const;
